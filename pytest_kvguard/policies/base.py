@@ -1,0 +1,120 @@
+"""The contract of a policy: importance, then budget, then selection.
+
+Shapes are written with these letters throughout the package:
+
+    Hq   query heads        T  positions held        R  rows decoded together
+    Hkv  key/value heads    W  observed queries      C  slots of a row while decoding
+    G    = Hq // Hkv        N  positions kept        D  head size
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+Unit = tuple[range, ...]
+"""Token positions that live or die together: a set of spans, disjoint and in order."""
+
+EMPTY = -1
+"""The position of a slot that holds nothing."""
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What one attention layer holds of one prompt when its prefill has just finished.
+
+    Keys and queries are as attention used them (after RoPE and any norm).
+    """
+
+    keys: Tensor  # (Hkv, T, D)
+    values: Tensor  # (Hkv, T, D)
+    queries: Tensor  # (Hq, W, D), the last W positions, W <= T
+    scaling: float  # what attention multiplies q.k by
+    protected: Tensor  # (T,) bool; stays under every policy and is charged to the budget
+    units: tuple[Unit, ...] = ()  # in prompt order; positions outside all units belong to none
+    attention_sums: Tensor | None = None  # (Hq, T) float32, summed over all T causal queries
+    layer: int = 0  # index among the compressible layers
+    layers: int = 1  # how many compressible layers there are
+
+    @property
+    def length(self) -> int:
+        """Positions held, T."""
+        return self.keys.shape[-2]
+
+
+Importance = Callable[[LayerState], Tensor]
+"""state -> (Hkv, T) float32; higher stays. +inf and -inf are allowed, nan is not."""
+
+Budget = Callable[[LayerState, float], int]
+"""state, keep ratio -> N, the positions each head of this layer may keep, 0 <= N <= T."""
+
+Selector = Callable[[Tensor, int, LayerState], Tensor]
+"""importance (Hkv, T), N, state -> keep mask (Hkv, T) bool.
+
+At most N per head, never none, every protected position among them.
+"""
+
+
+@dataclass(frozen=True)
+class DecodeState:
+    """One layer of R rows right after a new token was written to it and attended.
+
+    Slots are in no particular order; ``positions`` says what each holds.
+    """
+
+    weights: Tensor  # (R, Hq, C) float32 attention of the newest query; 0 at empty slots
+    sums: Tensor | None  # (R, Hkv, C) float32, prefill sums plus every step's, if accumulated
+    positions: Tensor  # (R, Hkv, C) original position of each slot, EMPTY where free
+    newest: Tensor  # (R,) original position of the token just attended
+    prompt_length: Tensor  # (R,) tokens of the prompt; generated positions are >= this
+    budget: Tensor  # (R,) N this layer was given at prefill
+    ratio: Tensor  # (R,) keep ratio while decoding, float64
+
+    @property
+    def held(self) -> Tensor:
+        """Whether each slot holds a token, (R, Hkv, C) bool."""
+        return self.positions != EMPTY
+
+    @property
+    def generated(self) -> Tensor:
+        """Whether each slot holds a generated token, (R, Hkv, C) bool."""
+        return self.positions >= self.prompt_length[:, None, None]
+
+
+@dataclass(frozen=True)
+class DecodeEviction:
+    """What goes while decoding. After each token, at most one slot a head is freed.
+
+    A slot goes when more than ``allowed`` of the ``candidates`` are held: the candidate with the
+    lowest importance, of equals the latest. The newest token is never a candidate.
+    """
+
+    importance: Callable[[DecodeState], Tensor]  # (R, Hkv, C) float32; higher stays
+    candidates: Callable[[DecodeState], Tensor]  # (R, Hkv, C) bool; counted against `allowed`
+    allowed: Callable[[DecodeState], Tensor]  # (R,) or (R, Hkv) how many candidates may be held
+    slots: Callable[[int, int, float], int]  # budget, new tokens, ratio -> slots a row needs
+    accumulate: bool = False  # carry `sums` from the prefill on
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which positions of the KV cache survive, independent of the keep ratio."""
+
+    name: str
+    importance: Importance
+    budget: Budget
+    select: Selector
+    params: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    window: int = 1  # how many of the last queries `importance` looks at
+    needs_sums: bool = False  # whether it looks at `attention_sums`
+    keeps_units: bool = False  # whether whole units are kept; what is outside them is protected
+    reuse: int = 1  # this many neighbouring layers share the first one's selection
+    rerotate: bool = False  # keys move to their index in the cache (cache positions)
+    decode: DecodeEviction | None = None  # None: generated tokens all stay
+    decode_ratio: float | None = None  # keep ratio while decoding; None: the prefill's
+
+    def keep(self, state: LayerState, ratio: float) -> Tensor:
+        """Return the mask of the positions to keep, (Hkv, T) bool."""
+        return self.select(self.importance(state), self.budget(state, ratio), state)
