@@ -1,0 +1,199 @@
+"""A compressed run against its baseline: what was lost, and whether that is acceptable."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from pytest_kvguard.errors import InvalidArgument, Refused
+from pytest_kvguard.harness import stats
+from pytest_kvguard.harness.records import Held, Run
+from pytest_kvguard.harness.refusals import refusals
+
+Verdict = Literal["pass", "fail", "inconclusive", "refused"]
+"""pass and fail are proved: the whole interval of dP lies on one side of the limit."""
+
+Mode = Literal["gate", "proved", "regression"]
+"""What becomes of an inconclusive comparison.
+
+``gate`` lets it hold if the observed dP is within the limit, ``proved`` never, ``regression``
+always. In each of them a pass holds, and neither a fail nor a refused comparison does.
+"""
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """What compression did to one task.
+
+    Worse is negative: for a task with ``higher_is_better=False`` the relative change of the
+    score is turned round, so that dP = -0.10 is a score that has grown by a tenth.
+
+    Raises InvalidArgument for a limit outside [0, 1). Runs that cannot be compared make a
+    refused comparison.
+    """
+
+    base: Run
+    kept: Run
+    max_drop: float  # the limit: how much may be lost, 0.10 is a tenth of the baseline's score
+    level: float = 0.90  # of the interval, two-sided: each side is a test at 5 %
+    mode: Mode = "gate"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_drop < 1:
+            raise InvalidArgument(f"max_drop must be in [0, 1), got {self.max_drop!r}")
+        if not 0 < self.level < 1:
+            raise InvalidArgument(f"level must be in (0, 1), got {self.level!r}")
+
+    @property
+    def n(self) -> int:
+        """How many samples the baseline answered."""
+        return len(self.base.scores)
+
+    @cached_property
+    def refusal(self) -> str | None:
+        """Why these runs prove nothing whatever they score, or None."""
+        return next(refusals(self.base, self.kept), None)
+
+    @cached_property
+    def weakness(self) -> str | None:
+        """Why the baseline is too weak to lose anything, or None: a reason to skip, not to fail.
+
+        None as well where there is a refusal, which comes first.
+        """
+        if self.refusal:
+            return None
+        # The fewer the better: then there is no chance level to stay clear of, only zero.
+        return stats.too_weak(self._base, self.base.chance if self.base.higher_is_better else 0.0)
+
+    @cached_property
+    def dp(self) -> float:
+        """Relative change of the mean score; -0.25 is a quarter lost.
+
+        Raises Refused where there is a refusal, so that no assertion on it can hold.
+        """
+        self._must_be_comparable()
+        change = stats.relative_change(self._base, self._kept)
+        return change if self.base.higher_is_better else -change
+
+    @cached_property
+    def interval(self) -> stats.Interval:
+        """Lowest and highest dP that agree with the scores, at ``level``.
+
+        Raises Refused where there is a refusal.
+        """
+        self._must_be_comparable()
+        low, high = stats.interval(self._base, self._kept, level=self.level)
+        return (low, high) if self.base.higher_is_better else (-high, -low)
+
+    @property
+    def broke(self) -> tuple[str, ...]:
+        """Samples that score worse than at baseline."""
+        return self._changed(-1)
+
+    @property
+    def mended(self) -> tuple[str, ...]:
+        """Samples that score better than at baseline."""
+        return self._changed(+1)
+
+    @property
+    def held(self) -> Held | None:
+        """The fraction of the prompt's tokens really held; None if not measured."""
+        return self.kept.held
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """Whether the loss is proved to be within the limit, or past it, or neither."""
+        if self.refusal or self.weakness:
+            return "refused"
+        low, high = self.interval
+        if low > -self.max_drop:
+            return "pass"
+        return "fail" if high < -self.max_drop else "inconclusive"
+
+    @property
+    def holds(self) -> bool:
+        """What CI acts on, as ``mode`` says."""
+        if self.verdict != "inconclusive":
+            return self.verdict == "pass"
+        return self.mode == "regression" or (self.mode == "gate" and self.dp >= -self.max_drop)
+
+    @cached_property
+    def reason(self) -> str:
+        """What the verdict rests on; empty for a pass with nothing odd about it."""
+        if refused := self.refusal or self.weakness:
+            return refused
+        return "; ".join([*self._grounds(), *self._oddities()])
+
+    @cached_property
+    def samples_needed(self) -> int | None:
+        """About how many samples would decide, to two digits; None if decided, or if none will."""
+        if self.verdict != "inconclusive":
+            return None
+        limit = -self.max_drop if self.base.higher_is_better else self.max_drop
+        needed = stats.samples_needed(self._base, self._kept, limit)
+        return None if needed is None else _two_digits(max(needed, self.n + 1))
+
+    def __repr__(self) -> str:
+        if self.refusal or self.held is None:
+            return f"<{self.kept.label}: refused: {self.refusal}>"
+        return (
+            f"<{self.kept.label}: {self.base.mean:.3f} -> {self.kept.mean:.3f}, dP {self._change}, "
+            f"{self._flips}, {self.held.mean:.0%} held: {self.verdict}>"
+        )
+
+    def _grounds(self) -> Iterator[str]:
+        limit = f"the limit {-self.max_drop:+.1%}"
+        if self.verdict == "fail":
+            yield f"dP {self._change} lies below {limit}: {self._flips}"
+        if self.verdict == "inconclusive":
+            yield f"n = {self.n} cannot decide: {limit} lies within dP {self._change}"
+            if needed := self.samples_needed:
+                yield f"about {needed} samples would decide"
+            seen = stats.smallest_drop_seen(self._base, self._kept)
+            yield f"{self.n} samples show drops from about {seen:.0%} up"
+
+    def _oddities(self) -> Iterator[str]:
+        if self.interval[0] > 0:
+            p = stats.mcnemar(len(self.broke), len(self.mended))
+            yield (
+                f"better than the full cache, {self._flips} (p = {p:.2g}): "
+                f"look at the answers, compression seldom helps but a scorer may err"
+            )
+        if self.kept.truncated > self.base.truncated:
+            yield f"{self.kept.truncated} answers truncated, {self.base.truncated} at baseline"
+
+    @property
+    def _change(self) -> str:
+        low, high = self.interval
+        return f"{self.dp:+z.1%} [{low:+z.1%}, {high:+z.1%}]"
+
+    @property
+    def _flips(self) -> str:
+        return f"{len(self.broke)} broke, {len(self.mended)} mended"
+
+    @cached_property
+    def _base(self) -> list[float]:
+        return list(self.base.scores.values())
+
+    @cached_property
+    def _kept(self) -> list[float]:
+        return [self.kept.scores[sample] for sample in self.base.scores]
+
+    def _changed(self, direction: int) -> tuple[str, ...]:
+        """Return the samples of both runs that went up (+1) or down (-1), where up is better."""
+        up = direction if self.base.higher_is_better else -direction
+        return tuple(
+            sample
+            for sample, before in self.base.scores.items()
+            if (self.kept.scores.get(sample, before) - before) * up > 0
+        )
+
+    def _must_be_comparable(self) -> None:
+        if self.refusal:
+            raise Refused(f"{self.kept.label}: {self.refusal}")
+
+
+def _two_digits(count: int) -> int:
+    """Round up to two digits: 138 is 140."""
+    step = int(10 ** max(len(str(count)) - 2, 0))
+    return -(-count // step) * step

@@ -1,0 +1,106 @@
+"""What a run leaves behind: plain values, no tensors and no model."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.specs import Spec
+from pytest_kvguard.tasks.base import Protocol
+
+FULL = "full"
+"""The policy of a baseline: the full cache."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said to one sample."""
+
+    text: str
+    tokens: int  # generated, a stop token included
+    stopped: bool  # by itself; False: truncated at the most new tokens the task allows
+
+
+@dataclass(frozen=True)
+class Held:
+    """The fraction of the prompt's tokens really held, over samples, layers and heads."""
+
+    min: float
+    mean: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a run cost the model."""
+
+    prefills: int = 0  # prompts or contexts prefilled
+    forwards: int = 0  # calls of the model, prefills among them
+    tokens: int = 0  # tokens fed to it, over all rows
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.prefills + other.prefills,
+            self.forwards + other.forwards,
+            self.tokens + other.tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How well the compressed cache predicts the baseline's answers, token by token."""
+
+    kl: float  # mean KL(full || compressed) in nats; 0 is lossless
+    agreement: float  # fraction of tokens with the same argmax
+
+
+@dataclass(frozen=True)
+class Run:
+    """All samples of one cell, or of the baseline.
+
+    Raises InvalidArgument for a score outside [0, 1] or a keep ratio outside (0, 1].
+    """
+
+    task: str
+    policy: str  # FULL for the baseline
+    params: Mapping[str, Any]  # the policy's
+    ratio: float  # keep ratio asked for, (0, 1]; 1 for the baseline
+    protocol: Protocol
+    scores: Mapping[str, float]  # by sample id, [0, 1]
+    answers: Mapping[str, Answer] = field(default_factory=dict)  # by sample id
+    held: Held | None = None  # None: not measured, as for the baseline
+    bytes_full: int = 0  # of keys and values with the full cache, summed over samples
+    bytes_held: int = 0  # of what was held instead
+    counts: Counts = Counts()
+    fidelity: Fidelity | None = None  # None for the baseline
+    seconds: float = 0.0
+    evicted: bool = False  # whether a generated token was evicted while decoding
+    error: str | None = None  # why the run ended before its time
+    ability: str = ""  # the task's
+    chance: float = 0.0  # the task's: what guessing scores
+    higher_is_better: bool = True  # the task's
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise InvalidArgument(f"{self.label}: keep ratio must be in (0, 1], got {self.ratio!r}")
+        for sample, score in self.scores.items():
+            if not 0 <= score <= 1:  # nan fails too
+                raise InvalidArgument(
+                    f"{self.label}: the score of sample {sample!r} must be in [0, 1], got {score!r}"
+                )
+
+    @property
+    def label(self) -> str:
+        """Task, policy and ratio, as in ``retrieval snapkv(window=16)@0.25``."""
+        return f"{self.task} {Spec(self.policy, self.params)}@{self.ratio:g}"
+
+    @property
+    def mean(self) -> float:
+        """Mean score; nan without samples."""
+        return math.fsum(self.scores.values()) / len(self.scores) if self.scores else math.nan
+
+    @property
+    def truncated(self) -> int:
+        """How many answers were cut off before the model ended them."""
+        return sum(not answer.stopped for answer in self.answers.values())

@@ -1,0 +1,56 @@
+"""Pairs of runs that prove nothing, whatever they score."""
+
+from collections.abc import Iterator
+
+from pytest_kvguard.harness.records import FULL, Run
+
+ROUNDING = 1e-9
+"""What dividing two counts may be off by; far less than one token of any prompt."""
+
+
+def refusals(base: Run, kept: Run) -> Iterator[str]:
+    """Yield each reason why ``kept`` cannot be judged against ``base``, the gravest first."""
+    for run in (base, kept):
+        if run.error is not None:
+            yield f"{run.label} ended with an error: {run.error}"
+    yield from _mismatches(base, kept)
+    if not base.scores:
+        yield "no sample was run"
+    elif base.mean == 0:
+        way_out = (
+            "use an easier task or a stronger model"
+            if base.higher_is_better
+            else "score the opposite, 1 - score, with higher_is_better=True"
+        )
+        yield f"the baseline scores 0 on all {len(base.scores)} samples, dP is undefined; {way_out}"
+    yield from _vacuities(kept)
+
+
+def _mismatches(base: Run, kept: Run) -> Iterator[str]:
+    if base.policy != FULL:
+        yield f"the baseline ran under {base.policy!r}, not with the full cache"
+    for what, before, after in (
+        ("task", base.task, kept.task),
+        ("protocol", base.protocol, kept.protocol),
+    ):
+        if before != after:
+            yield f"the baseline's {what} is {before!r}, the compressed run's {after!r}"
+    if odd := sorted(base.scores.keys() ^ kept.scores.keys()):
+        names = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if odd[3:] else "")
+        yield f"baseline and compressed run did not answer the same samples: {names}"
+
+
+def _vacuities(kept: Run) -> Iterator[str]:
+    if kept.held is None:
+        yield "what the compressed run held was not measured"
+        return
+    if kept.held.min >= 1 and not kept.evicted and kept.bytes_held >= kept.bytes_full:
+        yield (
+            "nothing was evicted, so passing would prove nothing; "
+            "use longer prompts or a lower keep ratio"
+        )
+    if kept.held.max > kept.ratio + ROUNDING:
+        yield (
+            f"{kept.held.max:.2%} of a prompt was held where {kept.ratio:.2%} was asked for; "
+            f"the policy breaks its budget"
+        )
