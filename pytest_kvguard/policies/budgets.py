@@ -1,0 +1,93 @@
+"""How many positions a layer keeps. The only place that rounds."""
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from pytest_kvguard.errors import InvalidArgument, Refused
+from pytest_kvguard.policies.base import Budget, LayerState
+from pytest_kvguard.policies.parameters import check_count
+from pytest_kvguard.policies.units import must_stay
+
+SLACK = 1e-9
+"""0.29 * 100 is 28.999999999999996; what is this close to a whole number is one."""
+
+
+def check_ratio(value: float) -> float:
+    """Return a keep ratio, the fraction *kept*; raise InvalidArgument outside (0, 1]."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value <= 1:
+        raise InvalidArgument(f"keep ratio must be in (0, 1], got {value!r}")
+    return float(value)
+
+
+def share(count: int, ratio: float) -> int:
+    """Return the whole part of ``ratio`` of ``count``."""
+    return math.floor(count * ratio + SLACK)
+
+
+def shares(counts: Tensor, ratios: Tensor) -> Tensor:
+    """Return `share` of every element, int64; ``ratios`` are float64."""
+    return torch.floor(counts * ratios + SLACK).long()
+
+
+def keep_ratio(state: LayerState, ratio: float) -> int:
+    """Keep this fraction of the positions, rounded down, but never fewer than one.
+
+    Raises Refused when that cannot hold the protected positions.
+    """
+    return _holding(int(state.protected.sum()), "protected", state, ratio)
+
+
+def keep_ratio_of_units(state: LayerState, ratio: float) -> int:
+    """Like `keep_ratio`, where positions outside all units count as protected too."""
+    return _holding(int(must_stay(state).sum()), "protected or in no unit", state, ratio)
+
+
+def pyramid(beta: int = 20, window: int = 32) -> Budget:
+    """Return a budget that falls from the first layer to the last (PyramidKV, section 3.3).
+
+    On top of what every layer holds alike, the protected positions and the window, the last
+    layer gets ``1 / beta`` of the mean and the first layer what is then left; a first layer that
+    would get more than the prompt has gets the prompt, and the last layer the difference. Where
+    the mean cannot hold the window, only the protected positions are held alike, so that the
+    budgets still form a pyramid. Each is rounded down: over all layers they never exceed
+    ``layers`` times `keep_ratio`, and stay below it by less than one position a layer.
+
+    Raises Refused as `keep_ratio` does.
+    """
+    check_count("beta", beta)
+    check_count("window", window)
+
+    def budget(state: LayerState, ratio: float) -> int:
+        mean = keep_ratio(state, ratio)
+        if state.layers == 1:
+            return mean
+        alike = _held_alike(state, window, mean)
+        room = mean - alike
+        first = min(2 * room - room // beta, state.length - alike)
+        last = 2 * room - first
+        steps = state.layers - 1
+        return alike + (first * (steps - state.layer) + last * state.layer) // steps
+
+    return budget
+
+
+def _held_alike(state: LayerState, window: int, mean: int) -> int:
+    held = state.protected.clone()
+    held[-window:] = True
+    if int(held.sum()) < mean:
+        return int(held.sum())
+    return max(1, int(state.protected.sum()))
+
+
+def _holding(fixed: int, what: str, state: LayerState, ratio: float) -> int:
+    budget = max(1, share(state.length, check_ratio(ratio)))
+    if budget < fixed:
+        enough = math.ceil(1000 * fixed / state.length - SLACK) / 1000
+        raise Refused(
+            f"keep ratio {ratio:g} of {state.length} positions is {budget}, but {fixed} are "
+            f"{what}; the smallest ratio that holds them is {enough:g}"
+        )
+    return budget

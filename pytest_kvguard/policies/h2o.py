@@ -1,0 +1,60 @@
+"""H2O: keep heavy hitters, the positions that collected most attention, and the recent ones.
+
+Zhang et al., 2023, https://arxiv.org/abs/2306.14048
+
+importance  attention received from every query so far, not normalised
+budget      given; the same for every layer; a share of it for heavy hitters, the rest recent
+selection   the recent positions, then the top ones, of each key/value head; after each new token
+            the least heavy one that is not recent goes
+
+Differs from the paper: query heads that share a key/value head add up their attention; evicted
+positions are freed, not masked; of the share only the sum is set by the keep ratio.
+"""
+
+import torch
+from torch import Tensor
+
+from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.policies.base import DecodeEviction, DecodeState, LayerState, Policy
+from pytest_kvguard.policies.budgets import keep_ratio, share, shares
+from pytest_kvguard.policies.evict import constant, constant_slots, room_for_next
+from pytest_kvguard.policies.observe import summed_attention
+from pytest_kvguard.policies.parameters import check_share, frozen
+from pytest_kvguard.policies.recency import favour_latest
+from pytest_kvguard.policies.selectors import top_tokens
+
+
+def h2o(heavy: float = 0.5) -> Policy:
+    """Keep heavy hitters, a ``heavy`` share of the budget rounded down, and recent positions."""
+    check_share("heavy", heavy)
+
+    def select(importance: Tensor, n: int, state: LayerState) -> Tensor:
+        return top_tokens(favour_latest(importance, n - share(n, heavy)), n, state)
+
+    def candidates(state: DecodeState) -> Tensor:
+        room = constant(state.budget)
+        recent = room - shares(room, room.new_tensor(heavy, dtype=torch.float64))
+        # the next token will be one of the recent, and an old one leaves them
+        return state.positions < (state.newest + 2 - recent)[:, None, None]
+
+    return Policy(
+        "h2o",
+        lambda state: summed_attention(state).sum(dim=1),
+        keep_ratio,
+        select,
+        params=frozen(heavy=heavy),
+        needs_sums=True,
+        decode=DecodeEviction(
+            importance=_accumulated,
+            candidates=candidates,
+            allowed=lambda state: room_for_next(candidates(state), state),
+            slots=constant_slots,
+            accumulate=True,
+        ),
+    )
+
+
+def _accumulated(state: DecodeState) -> Tensor:
+    if state.sums is None:
+        raise InvalidArgument("h2o goes on from the attention sums of the prompt; pass `sums`")
+    return state.sums

@@ -1,0 +1,101 @@
+"""Which positions stay, given their importance and how many may.
+
+A selector takes importance (Hkv, T), N and the state, and returns a mask (Hkv, T) bool with at
+most N positions a head, every protected one among them. Of equals, the earlier stays.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pytest_kvguard.errors import InvalidArgument, Refused
+from pytest_kvguard.policies.base import LayerState, Selector
+from pytest_kvguard.policies.parameters import check_choice, check_count
+from pytest_kvguard.policies.units import must_stay, positions_of
+
+HUGE = torch.finfo(torch.float32).max
+
+
+def top_tokens(importance: Tensor, n: int, state: LayerState) -> Tensor:
+    """Keep the n most important positions of each head."""
+    protected = state.protected.to(importance.device).expand_as(importance)
+    ranked = importance.argsort(dim=-1, descending=True, stable=True)  # topk leaves ties open
+    first = protected.gather(-1, ranked).byte().argsort(dim=-1, descending=True, stable=True)
+    kept = ranked.gather(-1, first)[..., :n]
+    return torch.zeros_like(protected).scatter(-1, kept, True)
+
+
+def top_chunks(length: int, alone: int = 0) -> Selector:
+    """Return a selector of runs of ``length`` positions, by the mean importance of each run.
+
+    The runs start at position 0; the last ``alone`` positions belong to none and stand each for
+    itself. Of the first run that does not fit the earliest positions stay, so that exactly N do.
+    """
+    check_count("length", length)
+    check_count("alone", alone, least=0)
+
+    def select(importance: Tensor, n: int, state: LayerState) -> Tensor:
+        border = max(0, state.length - alone)
+        exact = _exact(importance)
+        means = _run_means(exact[..., :border], length)
+        # the positions of a run are now equals, and of equals the earlier stays
+        mask = top_tokens(torch.cat([means, exact[..., border:]], dim=-1), n, state)
+        return mask.to(importance.device)
+
+    return select
+
+
+def whole_units(rule: str = "skip") -> Selector:
+    """Return a selector of whole units, the same ones for every head.
+
+    A unit counts as the mean over its tokens of the importance, summed over heads. Units are
+    taken greedily, the best first; at one that does not fit, ``"skip"`` goes on with the next
+    and ``"stop"`` ends. What is protected or outside all units always stays and is charged;
+    a unit costs those of its positions that are not.
+
+    Raises InvalidArgument for a prompt without units, and Refused when nothing at all would stay.
+    """
+    check_choice("rule", rule, ("skip", "stop"))
+
+    def select(importance: Tensor, n: int, state: LayerState) -> Tensor:
+        if not state.units:
+            raise InvalidArgument(
+                "this prompt has no units to keep whole: its task marks none; "
+                "use a policy that keeps tokens, such as snapkv, h2o or streaming_llm"
+            )
+        kept = must_stay(state).cpu()
+        room = n - int(kept.sum())
+        for index in _best_units_first(_exact(importance).sum(dim=0), state):
+            added = [at for at in positions_of(state.units[index]) if not kept[at]]
+            if len(added) <= room:
+                kept[added] = True
+                room -= len(added)
+            elif rule == "stop":
+                break
+        if not kept.any():
+            raise Refused(
+                f"none of the {len(state.units)} units fits into {n} of {state.length} positions, "
+                "and nothing else would stay; raise the keep ratio"
+            )
+        return kept.to(importance.device).expand_as(importance)
+
+    return select
+
+
+def _best_units_first(votes: Tensor, state: LayerState) -> list[int]:
+    means = [float(votes[positions_of(unit)].mean()) for unit in state.units]
+    return sorted(range(len(means)), key=lambda index: -means[index])  # sorted() is stable
+
+
+def _run_means(importance: Tensor, length: int) -> Tensor:
+    """Replace each value by the mean of its run of ``length``; the last run may be shorter."""
+    heads, total = importance.shape
+    count, padding = -(-total // length), -total % length
+    runs = F.pad(importance, (0, padding)).reshape(heads, count, length)
+    sizes = F.pad(torch.ones(total), (0, padding)).reshape(count, length).sum(-1)
+    return (runs.sum(-1) / sizes).repeat_interleave(length, dim=-1)[..., :total]
+
+
+def _exact(importance: Tensor) -> Tensor:
+    """Return finite float64 on the CPU, where sums of equals are equal and no inf meets -inf."""
+    return importance.cpu().double().clamp(-HUGE, HUGE)
