@@ -45,5 +45,5 @@ def register_policy(name: str, factory: Callable[..., Policy]) -> None:
     if not name.isidentifier():
         raise InvalidArgument(f"a policy name must be a Python identifier, got {name!r}")
     if name in POLICIES or name == "full":
-        raise InvalidArgument(f"policy {name!r} exists already; choose another name")
+        raise InvalidArgument(f"the policy name {name!r} is taken; choose another")
     POLICIES[name] = factory

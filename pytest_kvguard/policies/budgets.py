@@ -27,9 +27,9 @@ def share(count: int, ratio: float) -> int:
     return math.floor(count * ratio + SLACK)
 
 
-def shares(counts: Tensor, ratios: Tensor) -> Tensor:
-    """Return `share` of every element, int64; ``ratios`` are float64."""
-    return torch.floor(counts * ratios + SLACK).long()
+def shares(counts: Tensor, ratios: Tensor | float) -> Tensor:
+    """Return `share` of every element, int64."""
+    return torch.floor(counts.double() * ratios + SLACK).long()
 
 
 def keep_ratio(state: LayerState, ratio: float) -> int:

@@ -8,10 +8,10 @@ selection   the recent positions, then the top ones, of each key/value head; aft
             the least heavy one that is not recent goes
 
 Differs from the paper: query heads that share a key/value head add up their attention; evicted
-positions are freed, not masked; of the share only the sum is set by the keep ratio.
+positions are freed, not masked; the keep ratio sets heavy hitters and recent positions together,
+where the published code sets each as a fraction of the prompt.
 """
 
-import torch
 from torch import Tensor
 
 from pytest_kvguard.errors import InvalidArgument
@@ -33,7 +33,7 @@ def h2o(heavy: float = 0.5) -> Policy:
 
     def candidates(state: DecodeState) -> Tensor:
         room = constant(state.budget)
-        recent = room - shares(room, room.new_tensor(heavy, dtype=torch.float64))
+        recent = room - shares(room, heavy)
         # the next token will be one of the recent, and an old one leaves them
         return state.positions < (state.newest + 2 - recent)[:, None, None]
 

@@ -8,8 +8,8 @@ budget      given; the same for every layer
 selection   the top positions of each key/value head; the window stays before any other
 
 Differs from the paper: query heads that share a key/value head add up their votes, so that a
-budget is one of stored keys; prompts shorter than the budget's usual sizes are compressed too,
-and with less room than the window the latest of it stay.
+budget counts stored keys; the budget is a fraction of the prompt, not a number of positions, so
+short prompts are compressed too; with less room than the window the latest of it stay.
 """
 
 from collections.abc import Callable

@@ -1,0 +1,229 @@
+"""The laws every policy obeys, and states to try them on.
+
+Put your own policy through them in one line: ``check_policy(my_policy)``.
+"""
+
+import copy
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Flaky
+from torch import Tensor
+
+from pytest_kvguard.errors import Refused
+from pytest_kvguard.policies.base import LayerState, Policy
+from pytest_kvguard.policies.budgets import share
+from pytest_kvguard.policies.units import must_stay, positions_of
+from pytest_kvguard.states import layer_states, ratios
+
+__all__ = ["LAWS", "check_policy", "layer_states", "ratios"]
+
+
+def check_policy(policy: Policy, *, max_examples: int = 50) -> None:
+    """Try every law on a policy; the same states each time.
+
+    Raises AssertionError whose first line names the law broken and how; the smallest state that
+    breaks it is added as a note. What the policy itself raises, other than Refused, goes through.
+    """
+    states = layer_states(window=policy.window, min_units=int(policy.keeps_units))
+    broken: list[AssertionError] = []
+
+    @settings(
+        max_examples=max_examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        report_multiple_bugs=False,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(state=states, other=states, ratio=ratios())
+    def obey(state: LayerState, other: LayerState, ratio: float) -> None:
+        trial = Trial(policy, state, other, ratio)
+        for name, law in LAWS.items():
+            problem = law(trial)
+            if problem:
+                broken.append(AssertionError(f"law {name!r} broken: {policy.name} {problem}"))
+                raise broken[-1]
+
+    try:
+        obey()
+    except Flaky:  # a policy that answers differently each time does so while shrinking too
+        raise broken[-1] from None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A policy put before one state, and another to be distracted by."""
+
+    policy: Policy
+    state: LayerState
+    other: LayerState
+    ratio: float
+
+    def choose(self, state: LayerState) -> Tensor | None:
+        """Return the keep mask, (Hkv, T) bool, or None when the policy refuses."""
+        try:
+            return self.policy.keep(state, self.ratio)
+        except Refused:
+            return None
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """What the policy keeps of the state."""
+        return self.choose(self.state)
+
+    @cached_property
+    def fixed(self) -> Tensor:
+        """Positions that stay whatever their importance, (T,) bool."""
+        return must_stay(self.state) if self.policy.keeps_units else self.state.protected
+
+    @cached_property
+    def room(self) -> int:
+        """Positions the keep ratio allows, at least one."""
+        return max(1, share(self.state.length, self.ratio))
+
+
+Law = Callable[[Trial], str]
+"""How a trial breaks the law, to follow the policy's name; "" if it does not."""
+
+
+def _importance_is_well_formed(trial: Trial) -> str:
+    importance = trial.policy.importance(trial.state)
+    if importance.shape != trial.state.keys.shape[:2] or importance.dtype != torch.float32:
+        return f"gave {tuple(importance.shape)} {importance.dtype}"
+    return "gave nan" if importance.isnan().any() else ""
+
+
+def _refuses_only_what_cannot_be(trial: Trial) -> str:
+    if trial.mask is not None:
+        return ""
+    fixed = int(trial.fixed.sum())
+    if fixed > trial.room:
+        return ""
+    if trial.policy.keeps_units and fixed == 0:
+        smallest = min(len(positions_of(unit)) for unit in trial.state.units)
+        if smallest > trial.policy.budget(trial.state, trial.ratio):
+            return ""
+    return f"refused {trial.room} positions when {fixed} must stay"
+
+
+def _budgets_within_the_ratio(trial: Trial) -> str:
+    layers = [replace(trial.state, layer=layer) for layer in range(trial.state.layers)]
+    try:
+        budgets = [trial.policy.budget(layer, trial.ratio) for layer in layers]
+    except Refused:
+        return ""
+    if not all(1 <= budget <= trial.state.length for budget in budgets):
+        return f"gave layers of {trial.state.length} positions budgets of {budgets}"
+    over = sum(budgets) > trial.room * len(budgets)
+    return f"gave layers {budgets}, more than {trial.room} on average" if over else ""
+
+
+def _mask_is_well_formed(trial: Trial) -> str:
+    mask = trial.mask
+    if mask is None or (mask.shape == trial.state.keys.shape[:2] and mask.dtype == torch.bool):
+        return ""
+    return f"gave {tuple(mask.shape)} {mask.dtype}"
+
+
+def _kept_within_the_budget(trial: Trial) -> str:
+    if trial.mask is None:
+        return ""
+    kept, budget = trial.mask.sum(-1).tolist(), trial.policy.budget(trial.state, trial.ratio)
+    return f"kept {kept} positions where {budget} may stay" if max(kept) > budget else ""
+
+
+def _something_stays(trial: Trial) -> str:
+    return "emptied a head" if trial.mask is not None and not trial.mask.any(-1).all() else ""
+
+
+def _protected_stay(trial: Trial) -> str:
+    if trial.mask is None or trial.mask[:, trial.fixed].all():
+        return ""
+    dropped = int((trial.fixed & ~trial.mask).any(0).sum())
+    return f"dropped {dropped} of {int(trial.fixed.sum())} that must stay"
+
+
+def _units_stay_whole(trial: Trial) -> str:
+    if trial.mask is None or not trial.policy.keeps_units:
+        return ""
+    for unit in trial.state.units:
+        free = [at for at in positions_of(unit) if not trial.state.protected[at]]
+        if any(row.any() and not row.all() for row in trial.mask[:, free]):
+            return f"split the unit {unit}"
+    return ""
+
+
+def _ratio_1_keeps_all(trial: Trial) -> str:
+    return "" if trial.policy.keep(trial.state, 1.0).all() else "dropped something"
+
+
+def _of_equals_the_earlier(trial: Trial) -> str:
+    equal = torch.zeros(trial.state.keys.shape[:2])
+    falling = equal - torch.arange(trial.state.length)
+    if trial.policy.keeps_units:
+        for index, unit in enumerate(trial.state.units):
+            falling[:, positions_of(unit)] = -index
+    try:
+        n = trial.policy.budget(trial.state, trial.ratio)
+        masks = [trial.policy.select(each, n, trial.state) for each in (equal, falling)]
+    except Refused:
+        return ""
+    return "" if torch.equal(*masks) else "kept a later one"
+
+
+def _input_unchanged(trial: Trial) -> str:
+    before = copy.deepcopy(trial.state)
+    trial.choose(trial.state)
+    for field in fields(before):
+        now, then = getattr(trial.state, field.name), getattr(before, field.name)
+        if not (torch.equal(now, then) if isinstance(then, Tensor) else now == then):
+            return f"changed the {field.name}"
+    return ""
+
+
+def _random_state_unchanged(trial: Trial) -> str:
+    before = _random_states()
+    trial.choose(trial.state)
+    changed = [name for name, now in _random_states().items() if now != before[name]]
+    return f"drew from the random state of {changed[0]}" if changed else ""
+
+
+def _random_states() -> dict[str, object]:
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": repr(np.random.get_state(legacy=False)),
+        "random": random.getstate(),
+    }
+
+
+def _same_state_same_selection(trial: Trial) -> str:
+    first = trial.choose(trial.state)
+    trial.choose(trial.other)
+    again = trial.choose(copy.deepcopy(trial.state))
+    if first is None or again is None:
+        return "" if first is again else "refused one time of two"
+    return "" if torch.equal(first, again) else "chose otherwise after another prompt"
+
+
+LAWS: dict[str, Law] = {
+    "importance is (Hkv, T) float32, never nan": _importance_is_well_formed,
+    "refused only when the budget cannot hold what must stay": _refuses_only_what_cannot_be,
+    "budgets within the ratio": _budgets_within_the_ratio,
+    "mask is (Hkv, T) bool": _mask_is_well_formed,
+    "kept <= budget": _kept_within_the_budget,
+    "something stays": _something_stays,
+    "protected stay": _protected_stay,
+    "units stay whole": _units_stay_whole,
+    "ratio 1 keeps all": _ratio_1_keeps_all,
+    "of equals, the earlier": _of_equals_the_earlier,
+    "input unchanged": _input_unchanged,
+    "random state unchanged": _random_state_unchanged,
+    "same state, same selection": _same_state_same_selection,
+}
+"""Every law by name, in the order they are tried."""

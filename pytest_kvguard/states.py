@@ -1,0 +1,73 @@
+"""Hypothesis strategies: what a layer may hold when its prefill has finished."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pytest_kvguard.policies.base import LayerState, Unit
+
+TEXTURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "even": lambda drawn: drawn,
+    "peaked": lambda drawn: drawn * 8,  # attention falls on few positions
+    "level": lambda drawn: drawn.sign(),  # many ties
+    "flat": torch.zeros_like,  # nothing but ties
+}
+
+
+def ratios() -> st.SearchStrategy[float]:
+    """Draw keep ratios in (0, 1], 1 and the usual ones often."""
+    return st.sampled_from([1.0, 0.75, 0.5, 0.3, 0.25, 0.1]) | st.floats(0.01, 1.0)
+
+
+@st.composite
+def layer_states(
+    draw: st.DrawFn, *, window: int = 48, min_units: int = 0, max_length: int = 48
+) -> LayerState:
+    """Draw a layer's state with the last ``window`` queries, or all of a shorter prompt.
+
+    Lengths cross every boundary from 1 on; keys are float32 or bfloat16, with and without ties;
+    units have several spans, leave gaps, or are one giant; any positions may be protected.
+    """
+    length = draw(st.integers(1, max_length))
+    heads, group = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2, 4]))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    texture = TEXTURES[draw(st.sampled_from(list(TEXTURES)))]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    drawn = torch.randn(heads * (group + 2), length, 4, generator=generator)
+    sizes = [heads * group, heads, heads]
+    queries, keys, values = torch.split(texture(drawn).to(dtype), sizes)  # each (heads, T, D)
+    protected = torch.zeros(length, dtype=torch.bool)
+    protected[draw(st.lists(st.integers(0, length - 1), max_size=min(4, length)))] = True
+    layers = draw(st.integers(1, 5))
+    return LayerState(
+        keys=keys,
+        values=values,
+        queries=queries[:, -window:],
+        scaling=0.5,
+        protected=protected,
+        units=draw(_units(length, min_units)),
+        attention_sums=_attention_sums(queries, keys, 0.5),
+        layer=draw(st.integers(0, layers - 1)),
+        layers=layers,
+    )
+
+
+@st.composite
+def _units(draw: st.DrawFn, length: int, least: int) -> tuple[Unit, ...]:
+    cuts = sorted(draw(st.sets(st.integers(0, length), min_size=2, max_size=9)))
+    spans: dict[int, list[range]] = {}
+    for start, stop in pairwise(cuts):
+        spans.setdefault(draw(st.integers(0, 4)), []).append(range(start, stop))
+    spans.pop(0, None)  # these are in no unit
+    units = tuple(tuple(unit) for unit in spans.values())
+    return units if len(units) >= least else ((range(length),),)
+
+
+def _attention_sums(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    shared = keys.float().repeat_interleave(len(queries) // len(keys), dim=0)
+    logits = queries.float() @ shared.mT * scaling  # (Hq, T, T)
+    future = torch.ones_like(logits, dtype=torch.bool).triu(1)
+    return logits.masked_fill(future, float("-inf")).softmax(-1).sum(dim=1)
