@@ -1,0 +1,121 @@
+"""Greedy answers from rows: step by step, or checked in one go against a draft."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pytest_kvguard.kv.rows import Rows
+from pytest_kvguard.kv.seam import Seam
+
+STOP_TOKENS = 16  # a stop string is looked for in this many of the last tokens
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """When an answer is over."""
+
+    most: int  # new tokens
+    eos: frozenset[int]
+    strings: tuple[str, ...]
+    decode: Callable[[Sequence[int]], str]
+
+    def ended(self, tokens: Sequence[int]) -> bool:
+        """Whether the answer came to its own end with its newest token."""
+        if tokens[-1] in self.eos:
+            return True
+        if not self.strings:
+            return False
+        tail = self.decode(tokens[-STOP_TOKENS:])
+        return any(string in tail for string in self.strings)
+
+    def over(self, tokens: Sequence[int]) -> bool:
+        """Whether to go on no further: ended, or cut off at the most tokens."""
+        return len(tokens) >= self.most or self.ended(tokens)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Decode an answer without its end: nothing from a stop string on, no eos."""
+        text = self.decode([token for token in tokens if token not in self.eos])
+        cuts = [at for string in self.strings if (at := text.find(string)) >= 0]
+        return text[: min(cuts)] if cuts else text
+
+
+@dataclass
+class Answer:
+    """One row's answer while it grows."""
+
+    tokens: list[int] = field(default_factory=list)
+    kl: float | None = None  # mean KL(full || compressed) over the draft's tokens, in nats
+    agreement: float | None = None  # share of the draft's tokens both would choose
+    forwards: int = 0  # passes this row took part in
+    fed: int = 0  # tokens of this row that went through the model
+
+
+def greedy(
+    seam: Seam,
+    rows: Rows,
+    pending: Sequence[Sequence[int]],
+    answers: Sequence[Answer],
+    stopping: Stopping,
+) -> None:
+    """Let every row write on, one token at a time, until its answer is over.
+
+    pending: what each row is fed first, at least one token. ``answers`` grow in place.
+    """
+    active, feed = list(answers), [list(tokens) for tokens in pending]
+    while active:
+        chosen = rows.feed(seam, feed, last=1)[:, -1].argmax(dim=-1).tolist()
+        for answer, tokens, token in zip(active, feed, chosen, strict=True):
+            answer.tokens.append(token)
+            answer.forwards += 1
+            answer.fed += len(tokens)
+        going = [i for i, answer in enumerate(active) if not stopping.over(answer.tokens)]
+        if 0 < len(going) < len(active):
+            rows.take(going)
+        active = [active[i] for i in going]
+        feed = [[answer.tokens[-1]] for answer in active]
+
+
+def score_draft(
+    seam: Seam, rows: Rows, tails: Sequence[Sequence[int]], drafts: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """Feed each row its prompt's tail and its draft in one go.
+
+    Returns for each row the logits that decide its draft's tokens, (len(draft), V).
+    """
+    width = max(len(draft) for draft in drafts)
+    feed = [[*tail, *draft[:-1]] for tail, draft in zip(tails, drafts, strict=True)]
+    logits = rows.feed(seam, feed, last=width)  # (R, width, V)
+    return [logits[row, width - len(draft) :] for row, draft in enumerate(drafts)]
+
+
+def judge(own: Tensor, full: Tensor, draft: Sequence[int], tail: int) -> Answer:
+    """Turn a row's logits over a draft into the answer it would have written so far.
+
+    own, full: (len(draft), V) logits of the row and of the full cache. An answer that agrees all
+    along is the whole draft; another ends with the first token on which the row differs.
+    """
+    writes = own.argmax(dim=-1).tolist()
+    same = shared(writes, draft)
+    tokens = list(draft) if same == len(draft) else [*draft[:same], writes[same]]
+    kl, agreement = divergence(full, own)
+    return Answer(tokens, kl, agreement, forwards=1, fed=tail + len(draft) - 1)
+
+
+def divergence(full: Tensor, own: Tensor) -> tuple[float, float]:
+    """Compare two runs over the same tokens. full, own: (n, V) logits.
+
+    Returns the mean KL(full || own) in nats and the share of places with the same first choice.
+    """
+    reference, other = F.log_softmax(full.float(), -1), F.log_softmax(own.float(), -1)
+    kl = F.kl_div(other, reference, reduction="none", log_target=True).sum(dim=-1).mean()
+    same = (full.argmax(dim=-1) == own.argmax(dim=-1)).float().mean()
+    return max(0.0, kl.item()), same.item()
+
+
+def shared(first: Iterable[int], second: Iterable[int]) -> int:
+    """Count the tokens two sequences have in common from the start."""
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -1,0 +1,150 @@
+"""Rows decoded together: ragged caches side by side, each token seeing only its own row.
+
+A row is one prompt under one policy at one ratio. Rows differ in what they hold, per layer and
+per head; a slot knows the position of what it holds, and who may see whom follows from positions
+alone. New tokens come right-aligned: padding is in front and leaves nothing behind.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.kv.attention import attend, visible
+from pytest_kvguard.kv.compress import Kept, KeptLayer
+from pytest_kvguard.kv.seam import Seam, Step
+from pytest_kvguard.policies.base import EMPTY
+
+GROWTH = 64  # slots added at a time
+
+
+class RowLayer(Protocol):
+    """One layer of R rows."""
+
+    keys: Tensor  # (R, Hkv, C, D)
+    positions: Tensor  # (R, Hkv, C), EMPTY where a slot is free
+
+    def attend(self, step: Step, asking: Tensor, writing: Tensor) -> Tensor:
+        """Write new tokens and attend; asking, writing: (R, Q) positions -> (R, Hq, Q, D).
+
+        ``asking`` is where each token looks from, ``writing`` the same or EMPTY for padding.
+        """
+
+    def take(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+
+
+LayerFactory = Callable[[Sequence[KeptLayer]], RowLayer]
+"""One layer of every row -> that layer of all rows together."""
+
+
+class GrowingLayer:
+    """One layer of R rows in which everything new stays."""
+
+    def __init__(self, kept: Sequence[KeptLayer]) -> None:
+        self.window = kept[0].window
+        self.used = max(layer.keys.shape[1] for layer in kept)
+        self.keys = stack([layer.keys for layer in kept], self.used)  # (R, Hkv, C, D)
+        self.values = stack([layer.values for layer in kept], self.used)
+        self.positions = stack([layer.positions for layer in kept], self.used, EMPTY)
+
+    def attend(self, step: Step, asking: Tensor, writing: Tensor) -> Tensor:
+        """Append the new tokens and attend in one go."""
+        start, self.used = self.used, self.used + asking.shape[1]
+        self._make_room()
+        self.keys[:, :, start : self.used] = step.key
+        self.values[:, :, start : self.used] = step.value
+        self.positions[:, :, start : self.used] = writing[:, None]
+        mask = visible(self.positions[:, :, : self.used], asking[:, None], self.window)
+        keys, values = self.keys[:, :, : self.used], self.values[:, :, : self.used]
+        return attend(step.query, keys, values, mask, step.scaling)
+
+    def take(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.positions = self.positions[rows]
+
+    def forget(self, first: Tensor) -> None:
+        """Empty the slots of each row from position ``first`` (R,) on."""
+        self.positions[self.positions >= first[:, None, None]] = EMPTY
+
+    def _make_room(self) -> None:
+        more = self.used - self.positions.shape[-1]
+        if more > 0:
+            more = max(more, GROWTH)
+            self.keys = widen(self.keys, more)
+            self.values = widen(self.values, more)
+            self.positions = F.pad(self.positions, (0, more), value=EMPTY)
+
+
+class Rows:
+    """R rows, each continuing its own prompt."""
+
+    def __init__(self, kept: Sequence[Kept], make: LayerFactory = GrowingLayer) -> None:
+        by_layer = zip(*(row.layers for row in kept), strict=True)
+        self.layers = {same[0].layer: make(same) for same in by_layer}
+        device = next(iter(self.layers.values())).keys.device
+        self.next = torch.tensor([k.length for k in kept], device=device)  # (R,)
+
+    def __len__(self) -> int:
+        return len(self.next)
+
+    def feed(self, seam: Seam, tokens: Sequence[Sequence[int]], *, last: int) -> Tensor:
+        """Push each row's next tokens through the model.
+
+        Returns the logits of the last ``last`` tokens, (R, last, V); a row with fewer tokens than
+        that has its own in the last places.
+        """
+        width = max(len(row) for row in tokens)
+        ids = torch.zeros(len(self), width, dtype=torch.long)
+        for row, new in enumerate(tokens):
+            ids[row, width - len(new) :] = torch.tensor(new)
+        ids = ids.to(self.next.device)
+        counts = torch.tensor([len(row) for row in tokens], device=self.next.device)
+        offset = torch.arange(width, device=self.next.device) - (width - counts)[:, None]
+        # Padding asks from the row's first new position: it sees something, nothing sees it.
+        asking = self.next[:, None] + offset.clamp(min=0)
+        writing = torch.where(offset >= 0, asking, EMPTY)
+
+        def attending(step: Step) -> Tensor:
+            return self.layers[step.layer].attend(step, asking, writing)
+
+        logits = seam.forward(ids, asking, attending, last=last)
+        self.next = self.next + counts
+        return logits
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only."""
+        index = torch.tensor(rows, device=self.next.device)
+        for layer in self.layers.values():
+            layer.take(index)
+        self.next = self.next[index]
+
+    def rewind(self, to: Sequence[int]) -> None:
+        """Forget what each row was fed from position ``to`` on."""
+        self.next = torch.tensor(to, device=self.next.device)
+        for layer in self.layers.values():
+            if not isinstance(layer, GrowingLayer):
+                raise InvalidArgument("rows that evict cannot be rewound: what went is gone")
+            layer.forget(self.next)
+
+
+def stack(parts: Sequence[Tensor], slots: int, empty: int = 0) -> Tensor:
+    """Stack (Hkv, n, ...) into (R, Hkv, slots, ...); what is not filled holds ``empty``.
+
+    Unfilled slots must hold numbers: attention weight 0 times nan would be nan.
+    """
+    first = parts[0]
+    shape = (len(parts), first.shape[0], slots, *first.shape[2:])
+    out = torch.full(shape, empty, dtype=first.dtype, device=first.device)
+    for row, part in enumerate(parts):
+        out[row, :, : part.shape[1]] = part
+    return out
+
+
+def widen(tensor: Tensor, more: int) -> Tensor:
+    """Add slots that hold zeros: (R, Hkv, C, D) -> (R, Hkv, C + more, D)."""
+    return F.pad(tensor, (0, 0, 0, more))

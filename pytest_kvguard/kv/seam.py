@@ -1,0 +1,137 @@
+"""The seam to transformers: while it is open, a model's attention is ours.
+
+An attention function registered in ``AttentionInterface`` sees rotated queries and the new keys
+and values of every layer, for every model that uses the interface, with no model class named.
+The model is called without a cache: what is held, and who may see it, is decided here alone, so
+none of transformers' cache or mask code runs and its changes between versions cannot touch us.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+from pytest_kvguard.errors import Unsupported
+
+NAME = "kvguard"
+
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+CHANGES_ATTENTION = ("softcap", "s_aux", "position_bias", "head_mask", "indices")
+"""Arguments that some models pass to attention and that ours would have to honour."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer's part of one forward pass."""
+
+    layer: int
+    query: Tensor  # (R, Hq, Q, D), rotated
+    key: Tensor  # (R, Hkv, Q, D), rotated; of the new tokens only
+    value: Tensor  # (R, Hkv, Q, D)
+    scaling: float
+    window: int | None  # positions a sliding layer sees, the token itself included
+
+
+Attend = Callable[[Step], Tensor]
+"""step -> (R, Hq, Q, D), what attention adds up to."""
+
+
+class Seam:
+    """A model whose attention is ours while the seam is open; counts what goes through."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        check_layers(model)
+        self.model = model
+        self.forwards = 0
+        self.tokens = 0
+        self._attend: Attend | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits each token has."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Take over attention for one block; everything is as before when it ends."""
+        before = self.model.config._attn_implementation
+        training = self.model.training
+        AttentionInterface.register(NAME, self._attention)
+        try:
+            self.model.set_attn_implementation(NAME)
+        except ValueError as problem:
+            raise Unsupported(
+                f"{type(self.model).__name__} does not let its attention be replaced, so its cache "
+                f"cannot be compressed; use a model that supports attn_implementation='sdpa'"
+            ) from problem
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self.model.set_attn_implementation(before)
+            self.model.train(training)
+            AttentionInterface.register(NAME, _closed)  # lets go of the model
+
+    def forward(self, ids: Tensor, positions: Tensor, attend: Attend, *, last: int = 0) -> Tensor:
+        """Push tokens through the model and return their logits.
+
+        ids, positions: (R, Q); logits of the last ``last`` tokens, of all when 0 -> (R, Q, V)
+        """
+        self.forwards += 1
+        self.tokens += ids.numel()
+        self._attend = attend
+        try:
+            return self.model(
+                input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=last
+            ).logits
+        finally:
+            self._attend = None
+
+    def _attention(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        **settings: Any,
+    ) -> tuple[Tensor, None]:
+        for name in CHANGES_ATTENTION:
+            if settings.get(name) is not None:
+                raise Unsupported(
+                    f"layer {module.layer_idx} of {type(self.model).__name__} attends with "
+                    f"{name!r}, which the compressed path does not reproduce; use another model"
+                )
+        if self._attend is None:
+            raise Unsupported("the model was called from outside while its attention was ours")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        step = Step(module.layer_idx, query, key, value, scaling, sliding_window)
+        return self._attend(step).transpose(1, 2).contiguous(), None
+
+
+def check_layers(model: PreTrainedModel) -> None:
+    """Raise Unsupported for layers that hold something other than keys and values."""
+    config = model.config.get_text_config()
+    odd = sorted(set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS)
+    if odd:
+        raise Unsupported(
+            f"{type(model).__name__} has layers of type {', '.join(odd)}; only "
+            f"{' and '.join(sorted(KNOWN_LAYERS))} can be compressed or left alone"
+        )
+
+
+def _closed(*_: Any, **__: Any) -> tuple[Tensor, None]:
+    raise Unsupported("attention was left to pytest-kvguard, which has let go of this model")
