@@ -8,7 +8,6 @@ it (or above it) is a one-sided test at alpha = 0.05.
 """
 
 import math
-from collections.abc import Callable
 from statistics import NormalDist
 from typing import TypeAlias
 
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.harness.score_test import Table, null_variance, ratio_limits
 
 Scores: TypeAlias = NDArray[np.float64]
 Interval: TypeAlias = tuple[float, float]
@@ -47,58 +47,23 @@ def interval(base: ArrayLike, kept: ArrayLike, *, level: float = 0.90) -> Interv
     the variance that a t test needs is hardly to be seen in them.
     """
     before, after = _paired(base, kept)
-    marks = np.concatenate([before, after])
-    binary = bool(((marks == 0) | (marks == 1)).all())
-    if binary or np.count_nonzero(before != after) < FEWEST_DIFFERENT:
-        return score_interval(before, after, level=level)
-    return fieller_interval(before, after, level=level)
+    invert = score_interval if _by_score_test(before, after) else fieller_interval
+    return invert(before, after, level=level)
 
 
 def score_interval(base: ArrayLike, kept: ArrayLike, *, level: float = 0.90) -> Interval:
     """Return the interval of dP that inverts the score test of a ratio of paired proportions.
 
     Nam and Blackwelder, 2002, https://doi.org/10.1002/sim.1036; Tang, Tang and Chan, 2003,
-    https://doi.org/10.1002/sim.1403. Contains dP, stays within [-1, inf), needs no discordant
-    pair, no minimum of samples.
+    https://doi.org/10.1002/sim.1403. It contains dP, starts at -1 or above, and needs neither
+    discordant pairs nor a least number of samples.
 
     Written for 0/1 scores; a fraction counts as that fraction of a sample. This treats it as a
     coin of that bias, which varies more than the fraction does: the interval errs on the wide side.
     """
-    before, after = _paired(base, kept)
     z = _z(1 - _tail(level))
-    both = math.fsum(np.minimum(before, after))
-    broke = math.fsum(np.maximum(before - after, 0))
-    mended = math.fsum(np.maximum(after - before, 0))
-    right, still = both + broke, both + mended  # at baseline, when compressed
-    some = both + broke + mended
-
-    def statistic(theta: float) -> float:
-        spread = theta * some * _discordance(theta, both, broke, mended)
-        distance = still - theta * right
-        return distance / math.sqrt(spread) if spread > 0 else 0.0
-
-    # With every pair discordant the test is widest: a quadratic that brackets both limits.
-    half = still / right + z * z * some / (2 * right * right)
-    highest = half + math.sqrt(max(half * half - (still / right) ** 2, 0.0))
-    low, high = 0.0, _root(lambda theta: statistic(theta) + z, still / right, 2 * highest)
-    if still > 0:
-        lowest = (still / right) ** 2 / highest
-        low = _root(lambda theta: statistic(theta) - z, lowest / 2, still / right)
+    low, high = ratio_limits(Table.of(*_paired(base, kept)), z)
     return low - 1, high - 1
-
-
-def _discordance(theta: float, both: float, broke: float, mended: float) -> float:
-    """Return the likeliest share of discordant pairs, [0, 1], if kept / base really is theta.
-
-    Of the samples right in at least one run: those wrong in both say nothing about a ratio.
-    The likelihood both log p11 + broke log p10 + mended log p01 under p11 + p10 + p01 = 1 and
-    p11 + p01 = theta (p11 + p10) has its maximum at the larger root of a quadratic in p01.
-    """
-    a = theta * (1 + theta) * (both + broke + mended)
-    b = (both + mended) - (both + broke + 2 * mended) * theta**2
-    c = -mended * theta * (1 - theta)
-    p01 = (-b + math.sqrt(max(b * b - 4 * a * c, 0.0))) / (2 * a)
-    return (1 - theta) + (1 + theta) * p01
 
 
 def fieller_interval(base: ArrayLike, kept: ArrayLike, *, level: float = 0.90) -> Interval:
@@ -131,20 +96,20 @@ def samples_needed(
 ) -> int | None:
     """Return about how many samples would tell dP from ``limit``, if dP is what was observed.
 
-    Normal approximation on the paired variance of kept - (1 + limit) * base, one-sided at ALPHA,
-    and never fewer than identical runs would need. None where dP is at the limit itself.
+    Normal approximation for kept - (1 + limit) * base, one-sided at ALPHA: its variance at the
+    limit sets the bar, the observed one the chance to clear it. None where dP is at the limit.
     """
     before, after = _paired(base, kept)
+    if limit <= -1:
+        raise InvalidArgument(f"limit must be above -1, a total loss, got {limit!r}")
     distance = after - (1 + limit) * before
     gap = float(distance.mean())
     if math.isclose(gap, 0, abs_tol=1e-12):
         return None
-    z = _z(1 - ALPHA)
-    needed = (z + _z(power)) ** 2 * _variance(distance) / gap**2
-    if limit != 0:
-        worst = 1 + min(limit, 0.0)
-        needed = max(needed, z * z * worst / abs(limit) / float(before.mean()))
-    return math.ceil(needed)
+    spread = bar = math.sqrt(_variance(distance))
+    if _by_score_test(before, after):
+        bar = math.sqrt(null_variance(Table.of(before, after), 1 + limit) / len(before))
+    return math.ceil(((_z(1 - ALPHA) * bar + _z(power) * spread) / gap) ** 2)
 
 
 def smallest_drop_seen(base: ArrayLike, kept: ArrayLike, *, power: float = 0.8) -> float:
@@ -194,13 +159,13 @@ def too_weak(base: ArrayLike, chance: float) -> str | None:
 
 def _p_above(marks: Scores, chance: float) -> float:
     """One-sided p-value of the hypothesis that the mean is no more than chance."""
-    from scipy.stats import binomtest, ttest_1samp
+    from scipy.special import bdtrc, stdtr
 
-    if bool(((marks == 0) | (marks == 1)).all()):
-        return float(binomtest(int(marks.sum()), len(marks), chance, alternative="greater").pvalue)
-    if _variance(marks) == 0:
-        return 0.0 if marks[0] > chance else 1.0
-    return float(ttest_1samp(marks, chance, alternative="greater").pvalue)
+    n = len(marks)
+    if _binary(marks):
+        return float(bdtrc(marks.sum() - 1, n, chance))
+    error = max(math.sqrt(_variance(marks) / n), 1e-12)  # all alike: no doubt left
+    return float(stdtr(n - 1, (chance - marks.mean()) / error))
 
 
 def _paired(base: ArrayLike, kept: ArrayLike) -> tuple[Scores, Scores]:
@@ -226,6 +191,15 @@ def _scores(values: ArrayLike, name: str) -> Scores:
     return array
 
 
+def _by_score_test(before: Scores, after: Scores) -> bool:
+    changed = int(np.count_nonzero(before != after))
+    return (_binary(before) and _binary(after)) or changed < FEWEST_DIFFERENT
+
+
+def _binary(marks: Scores) -> bool:
+    return bool(((marks == 0) | (marks == 1)).all())
+
+
 def _variance(values: Scores) -> float:
     return float(values.var(ddof=1)) if len(values) > 1 else 0.0
 
@@ -238,9 +212,3 @@ def _tail(level: float) -> float:
 
 def _z(probability: float) -> float:
     return NormalDist().inv_cdf(probability)
-
-
-def _root(f: Callable[[float], float], low: float, high: float) -> float:
-    from scipy.optimize import brentq
-
-    return float(brentq(f, low, high))

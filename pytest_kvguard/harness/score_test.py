@@ -1,0 +1,90 @@
+"""The score test of a ratio of paired proportions, kept / base = theta, and its inversion.
+
+Nam and Blackwelder, 2002, https://doi.org/10.1002/sim.1036
+Tang, Tang and Chan, 2003, https://doi.org/10.1002/sim.1403
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Table(NamedTuple):
+    """Samples right in both runs, at baseline only, compressed only.
+
+    Those wrong in both say nothing about a ratio and are in no formula below.
+    """
+
+    both: float
+    broke: float
+    mended: float
+
+    @classmethod
+    def of(cls, base: NDArray[np.float64], kept: NDArray[np.float64]) -> "Table":
+        """Count (S,) scores; a fraction counts as that fraction of a sample."""
+        return cls(
+            both=math.fsum(np.minimum(base, kept)),
+            broke=math.fsum(np.maximum(base - kept, 0)),
+            mended=math.fsum(np.maximum(kept - base, 0)),
+        )
+
+    @property
+    def right(self) -> float:
+        """Right at baseline."""
+        return self.both + self.broke
+
+    @property
+    def still(self) -> float:
+        """Right when compressed."""
+        return self.both + self.mended
+
+    @property
+    def some(self) -> float:
+        """Right in at least one run."""
+        return self.both + self.broke + self.mended
+
+
+def null_variance(table: Table, theta: float) -> float:
+    """Return the variance of still - theta * right, if theta really is their ratio; theta > 0.
+
+    It is theta * some * (p10 + p01) at the likeliest p10 and p01 that allow theta: those at which
+    both log p11 + broke log p10 + mended log p01 is largest under p11 + p10 + p01 = 1 and
+    p11 + p01 = theta (p11 + p10). There, p01 is the larger root of a quadratic.
+    """
+    a = theta * (1 + theta) * table.some
+    b = table.still - (table.some + table.mended) * theta**2
+    c = -table.mended * theta * (1 - theta)
+    p01 = (-b + math.sqrt(max(b * b - 4 * a * c, 0.0))) / (2 * a)
+    discordant = (1 - theta) + (1 + theta) * p01
+    return theta * table.some * max(discordant, 0.0)
+
+
+def ratio_limits(table: Table, z: float) -> tuple[float, float]:
+    """Return the lowest and highest theta whose score statistic is within -z and z.
+
+    Needs ``right`` > 0, but neither discordant pairs nor a least number of samples.
+    """
+    observed = table.still / table.right
+    if observed == 0:
+        return 0.0, z * z / table.right
+
+    def statistic(theta: float) -> float:
+        error = math.sqrt(null_variance(table, theta))
+        return (table.still - theta * table.right) / error if error else 0.0
+
+    # With every pair discordant the test is widest: a quadratic that brackets both limits.
+    half = observed + z * z * table.some / (2 * table.right**2)
+    highest = half + math.sqrt(max(half * half - observed**2, 0.0))
+    lowest = observed**2 / highest
+    low = _root(lambda theta: statistic(theta) - z, lowest / 2, observed)
+    high = _root(lambda theta: statistic(theta) + z, observed, 2 * highest)
+    return low, high
+
+
+def _root(f: Callable[[float], float], low: float, high: float) -> float:
+    from scipy.optimize import brentq
+
+    return float(brentq(f, low, high))
