@@ -5,14 +5,20 @@ from typing import Any
 
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.specs import Spec, make, parse
+from pytest_kvguard.tasks.arithmetic import arithmetic
 from pytest_kvguard.tasks.base import Task
+from pytest_kvguard.tasks.long_generation import long_generation
 from pytest_kvguard.tasks.retrieval import retrieval
+from pytest_kvguard.tasks.world_knowledge import world_knowledge
 
 TaskFactory = Callable[..., Task]
 """Keyword parameters, all with defaults -> a task."""
 
 TASKS: dict[str, TaskFactory] = {
+    "arithmetic": arithmetic,
+    "long_generation": long_generation,
     "retrieval": retrieval,
+    "world_knowledge": world_knowledge,
 }
 
 

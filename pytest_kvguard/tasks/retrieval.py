@@ -16,6 +16,7 @@ from typing import Literal
 
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.tasks.base import Part, Sample, Task
+from pytest_kvguard.tasks.checks import check_count
 from pytest_kvguard.tasks.filler import NOISE, prose
 from pytest_kvguard.tasks.scorers import contains_all
 
@@ -98,16 +99,11 @@ def _check(
 ) -> None:
     if filler not in FILLERS:
         raise InvalidArgument(f"filler must be one of {', '.join(FILLERS)}, got {filler!r}")
-    ranges = {
-        "needles": (needles, 1, len(ADJECTIVES.split())),
-        "values": (values, 1, 100),
-        "digits": (digits, 4, 18),
-        "questions_per_context": (questions_per_context, 1, needles),
-        "n": (n, 1, 100_000),
-    }
-    for name, (value, low, high) in ranges.items():
-        if not low <= value <= high:
-            raise InvalidArgument(f"{name} must be {low} to {high}, got {value}")
+    check_count("needles", needles, 1, len(ADJECTIVES.split()))
+    check_count("values", values, 1, 100)
+    check_count("digits", digits, 4, 18)
+    check_count("questions_per_context", questions_per_context, 1, needles)
+    check_count("n", n, 1, 100_000)
 
 
 def _hidden(
