@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 from pytest_kvguard.errors import InvalidArgument, Refused
 from pytest_kvguard.harness import stats
@@ -28,7 +28,7 @@ class Comparison:
     Worse is negative: for a task with ``higher_is_better=False`` the relative change of the
     score is turned round, so that dP = -0.10 is a score that has grown by a tenth.
 
-    Raises InvalidArgument for a limit outside [0, 1). Runs that cannot be compared make a
+    Raises InvalidArgument for a limit outside [0, 1), an unknown mode or an impossible level. Runs that cannot be compared make a
     refused comparison.
     """
 
@@ -43,6 +43,8 @@ class Comparison:
             raise InvalidArgument(f"max_drop must be in [0, 1), got {self.max_drop!r}")
         if not 0 < self.level < 1:
             raise InvalidArgument(f"level must be in (0, 1), got {self.level!r}")
+        if self.mode not in get_args(Mode):
+            raise InvalidArgument(f"mode must be one of {get_args(Mode)}, got {self.mode!r}")
 
     @property
     def n(self) -> int:
@@ -136,9 +138,10 @@ class Comparison:
     def __repr__(self) -> str:
         if self.refusal or self.held is None:
             return f"<{self.kept.label}: refused: {self.refusal}>"
+        outcome = f"{self.verdict}: {self.weakness}" if self.weakness else self.verdict
         return (
             f"<{self.kept.label}: {self.base.mean:.3f} -> {self.kept.mean:.3f}, dP {self._change}, "
-            f"{self._flips}, {self.held.mean:.0%} held: {self.verdict}>"
+            f"{self._flips}, {self.held.mean:.0%} held: {outcome}>"
         )
 
     def _grounds(self) -> Iterator[str]:
