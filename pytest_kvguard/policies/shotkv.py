@@ -16,7 +16,7 @@ charged). The newest token always stays, as one of the generated tokens kept.
 from torch import Tensor
 
 from pytest_kvguard.policies.base import DecodeEviction, DecodeState, LayerState, Policy
-from pytest_kvguard.policies.budgets import check_ratio, keep_ratio_of_units, share, shares
+from pytest_kvguard.policies.budgets import check_ratio, keep_ratio_of_units, shares
 from pytest_kvguard.policies.observe import window_attention
 from pytest_kvguard.policies.parameters import check_count, frozen
 from pytest_kvguard.policies.selectors import whole_units
@@ -44,7 +44,7 @@ def shotkv(window: int = 32, rule: str = "skip", decode_ratio: float | None = No
             importance=_current_attention,
             candidates=lambda state: state.generated,
             allowed=_allowed,
-            slots=_slots,
+            slots=lambda budget, new, ratio: budget + new,  # a question fed later stays as well
         ),
         decode_ratio=None if decode_ratio is None else check_ratio(decode_ratio),
     )
@@ -58,7 +58,3 @@ def _allowed(state: DecodeState) -> Tensor:
     generated = state.newest + 1 - state.prompt_length  # kept or not
     kept = shares(generated, state.ratio).clamp(min=1)
     return kept - 1  # the newest stays without being a candidate
-
-
-def _slots(budget: int, new: int, ratio: float) -> int:
-    return budget + min(new, max(1, share(new, ratio)) + 1)  # the next one, before an old one goes

@@ -1,0 +1,76 @@
+"""Every policy against slow loops written from its paper's formulas."""
+
+import pytest
+import torch
+
+from pytest_kvguard.policies import get_policy
+from pytest_kvguard.specs import Spec
+from tests.policies import oracles
+from tests.strategies import a_state
+
+LENGTHS = [1, 5, 6, 23, 40]
+SHOTS = ((range(2, 7), range(20, 22)), (range(7, 15),), (range(16, 19),), (range(22, 33),))
+
+
+def kept_by_oracle(oracle, state, n, **params):
+    mask = torch.zeros(state.keys.shape[:2], dtype=torch.bool)
+    for head in range(len(mask)):
+        mask[head, oracle(state, head, n, **params)[:n]] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("knorm", {}),
+        ("tova", {}),
+        ("observed_attention", {}),
+        ("streaming_llm", {}),
+        ("streaming_llm", {"sinks": 0}),
+        ("h2o", {}),
+        ("h2o", {"heavy": 0.29}),
+        ("h2o", {"heavy": 1.0}),
+        ("h2o", {"heavy": 0.0}),
+        ("snapkv", {}),
+        ("snapkv", {"window": 4}),
+        ("snapkv", {"window": 3, "kernel": 7, "pooling": "max"}),
+        ("snapkv", {"window": 1, "kernel": 1}),
+        ("chunkkv", {}),
+        ("chunkkv", {"window": 4, "length": 5}),
+        ("chunkkv", {"window": 2, "length": 1}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("group", [1, 2, 4], ids="group of {}".format)
+def test_a_policy_keeps_what_its_paper_says(name, params, group):
+    policy = get_policy(Spec(name, params))
+    oracle_params = {k: str(v) if k == "heavy" else v for k, v in params.items()}
+    for seed, length in enumerate(LENGTHS):
+        protected = (length // 2,) if length > 5 else ()
+        state = a_state(length, group=group, protected=protected, seed=seed)
+        for ratio in (0.2, 0.5, 0.8):
+            n = policy.budget(state, ratio)
+            expected = kept_by_oracle(getattr(oracles, name), state, n, **oracle_params)
+            assert torch.equal(policy.keep(state, ratio), expected), (length, ratio)
+
+
+@pytest.mark.parametrize("rule", ["skip", "stop"])
+@pytest.mark.parametrize("window", [1, 8, 64])
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_shotkv_keeps_the_shots_its_paper_says(group, window, rule):
+    policy = get_policy(f"shotkv(window={window}, rule={rule})")
+    for seed in range(5):
+        state = a_state(40, group=group, units=SHOTS, protected=(0, 8), seed=seed)
+        for ratio in (0.3, 0.5, 0.7, 0.9):
+            expected = torch.zeros(40, dtype=torch.bool)
+            n = policy.budget(state, ratio)
+            expected[sorted(oracles.kept_shots(state, n, window, rule))] = True
+            assert torch.equal(policy.keep(state, ratio), expected.expand(2, -1)), (seed, ratio)
+
+
+def test_pyramidkv_ranks_like_snapkv_and_budgets_like_a_pyramid():
+    policy = get_policy("pyramidkv(window=4, beta=5)")
+    for layer, budget in [(0, 4 + 17), (1, 4 + 9), (2, 4 + 1)]:  # 17 = 2 * 9 - 9 // 5
+        state = a_state(60, layer=layer, layers=3, seed=layer)
+        expected = kept_by_oracle(oracles.snapkv, state, budget, window=4)
+        assert torch.equal(policy.keep(state, 13 / 60), expected)
