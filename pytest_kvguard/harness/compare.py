@@ -28,8 +28,8 @@ class Comparison:
     Worse is negative: for a task with ``higher_is_better=False`` the relative change of the
     score is turned round, so that dP = -0.10 is a score that has grown by a tenth.
 
-    Raises InvalidArgument for a limit outside [0, 1), an unknown mode or an impossible level. Runs that cannot be compared make a
-    refused comparison.
+    Raises InvalidArgument for a limit outside [0, 1), an impossible level or an unknown mode.
+    Runs that cannot be compared make a refused comparison.
     """
 
     base: Run
@@ -133,7 +133,7 @@ class Comparison:
             return None
         limit = -self.max_drop if self.base.higher_is_better else self.max_drop
         needed = stats.samples_needed(self._base, self._kept, limit)
-        return None if needed is None else _two_digits(max(needed, self.n + 1))
+        return None if needed is None else _two_digits(needed)
 
     def __repr__(self) -> str:
         if self.refusal or self.held is None:

@@ -61,10 +61,11 @@ def test_a_bare_assert_on_holds_explains_itself():
         assert c.holds
 
 
-def test_dp_pairs_scores_by_sample_not_by_place():
+def test_scores_are_paired_by_sample_not_by_place():
     shuffled = dict(reversed(kept(40).scores.items()))
     c = compare(after=kept(scores=shuffled))
     assert c.dp == -8 / 48
+    assert c.interval == compare(after=kept(40)).interval
     assert c.broke == tuple(f"s{i}" for i in range(40, 48))
     assert c.mended == ()
 
@@ -258,7 +259,7 @@ def test_a_level_is_a_fraction():
 
 
 def test_an_unknown_mode_is_not_taken():
-    with pytest.raises(InvalidArgument, match="one of .*'gate', 'proved', .* got 'strict'"):
+    with pytest.raises(InvalidArgument, match=r"one of .*'gate', 'proved', .* got 'strict'"):
         compare(mode="strict")
 
 
