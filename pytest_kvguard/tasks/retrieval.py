@@ -71,7 +71,14 @@ def retrieval(
     Raises InvalidArgument for numbers out of range and for a length that cannot hold the needles.
     """
     params: dict[str, object] = dict(locals())
-    _check(needles, values, digits, filler, questions_per_context, n)
+    check_count("length", length, 1, 1_000_000)
+    check_count("needles", needles, 1, len(ADJECTIVES.split()))
+    check_count("values", values, 1, 100)
+    check_count("digits", digits, 4, 18)
+    check_count("questions_per_context", questions_per_context, 1, needles)
+    check_count("n", n, 1, 100_000)
+    if filler not in FILLERS:
+        raise InvalidArgument(f"filler must be one of {', '.join(FILLERS)}, got {filler!r}")
     sentences = FILLERS[filler]()
     name = f"{filler}-{length}w-{needles}x{values}x{digits}-seed{seed}"
     haystacks = []
@@ -88,22 +95,10 @@ def retrieval(
         ability="retrieval",
         samples=tuple(samples),
         scorer=contains_all,
-        max_new_tokens=16 + values * (digits + 4),  # a token a digit, and what stands between
+        max_new_tokens=32 + values * (digits + 4),  # a token a digit, and what stands between
         source="generated, after RULER",
         params=params,
     )
-
-
-def _check(
-    needles: int, values: int, digits: int, filler: str, questions_per_context: int, n: int
-) -> None:
-    if filler not in FILLERS:
-        raise InvalidArgument(f"filler must be one of {', '.join(FILLERS)}, got {filler!r}")
-    check_count("needles", needles, 1, len(ADJECTIVES.split()))
-    check_count("values", values, 1, 100)
-    check_count("digits", digits, 4, 18)
-    check_count("questions_per_context", questions_per_context, 1, needles)
-    check_count("n", n, 1, 100_000)
 
 
 def _hidden(

@@ -55,8 +55,9 @@ def last_number(completion: str, sample: Sample) -> float:
     >>> last_number("The answer is 180.", sample)
     0.0
     """
+    target = _number(_target(sample), sample)
     found = numbers(completion)
-    return float(bool(found) and found[-1] == _number(_target(sample), sample))
+    return float(bool(found) and found[-1] == target)
 
 
 def multiple_choice(completion: str, sample: Sample) -> float:
@@ -70,10 +71,11 @@ def multiple_choice(completion: str, sample: Sample) -> float:
     >>> multiple_choice("A good answer would be B", sample)
     0.0
     """
+    target = _target(sample)
     if match := _LETTER_FIRST.match(completion):
-        return float(match[1] == _target(sample))
+        return float(match[1] == target)
     said = _LETTER_SAID.findall(completion)
-    return float(bool(said) and said[-1] == _target(sample))
+    return float(bool(said) and said[-1] == target)
 
 
 def contains_all(completion: str, sample: Sample) -> float:
