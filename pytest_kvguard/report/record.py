@@ -1,0 +1,115 @@
+"""One cell as JSON: what other tools, other processes and the tables read. See docs/report.md."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from pytest_kvguard.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from pytest_kvguard.harness.compare import Comparison
+
+SCHEMA = 1
+"""Goes up when a field changes its meaning or goes away, not when one is added."""
+
+
+class Cell(TypedDict):
+    """One comparison. None stands for what is undefined, unbounded or was not measured."""
+
+    task: str
+    policy: str
+    params: dict[str, Any]
+    ratio: float
+    protocol: str
+    n: int
+    base: float | None
+    kept: float | None
+    dp: float | None
+    interval: list[float | None]
+    level: float
+    broke: list[str]
+    mended: list[str]
+    held: dict[str, float] | None
+    bytes_full: int
+    bytes_held: int
+    verdict: str
+    reason: str
+    max_drop: float
+    samples_needed: int | None
+    fidelity: dict[str, float | None] | None
+    counts: dict[str, int]
+    seconds: float
+
+
+def to_cell(comparison: "Comparison") -> Cell:
+    """Return the comparison as plain values that JSON can hold."""
+    c, kept = comparison, comparison.kept
+    low, high = (None, None) if c.refusal else c.interval
+    cell = Cell(
+        task=kept.task,
+        policy=kept.policy,
+        params=dict(kept.params),
+        ratio=kept.ratio,
+        protocol=kept.protocol,
+        n=c.n,
+        base=c.base.mean,
+        kept=kept.mean,
+        dp=None if c.refusal else c.dp,
+        interval=[low, high],
+        level=c.level,
+        broke=list(c.broke),
+        mended=list(c.mended),
+        held=dataclasses.asdict(c.held) if c.held else None,
+        bytes_full=kept.bytes_full,
+        bytes_held=kept.bytes_held,
+        verdict=c.verdict,
+        reason=c.reason,
+        max_drop=c.max_drop,
+        samples_needed=c.samples_needed,
+        fidelity=dataclasses.asdict(kept.fidelity) if kept.fidelity else None,
+        counts=dataclasses.asdict(kept.counts),
+        seconds=kept.seconds,
+    )
+    finite: Cell = _finite(cell)
+    return finite
+
+
+def write_report(
+    path: Path, model: str, versions: Mapping[str, str], cells: Iterable[Cell]
+) -> None:
+    """Write all cells of a session as one JSON file, whole or not at all.
+
+    Raises InvalidArgument where the folder does not exist.
+    """
+    if not path.parent.is_dir():
+        raise InvalidArgument(
+            f"cannot write the report {path}: there is no folder {path.parent}; make it first"
+        )
+    document = {
+        "schema": SCHEMA,
+        "model": model,
+        "versions": dict(versions),
+        "cells": list(cells),
+    }
+    text = json.dumps(_finite(document), indent=1, allow_nan=False, default=str)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(text + "\n", encoding="utf-8")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    """Return the value with None for every number that JSON has no word for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_finite(inner) for inner in value]
+    return value

@@ -1,0 +1,87 @@
+"""Cells in words: what the terminal and the Markdown table both say."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from pytest_kvguard.report.record import Cell
+from pytest_kvguard.specs import Spec
+
+TEXT_COLUMNS = ("task", "policy")
+HEADER = (*TEXT_COLUMNS, "ratio", "held", "n", "base", "kept", "dP", "interval", "-/+", "verdict")
+"""The columns of both tables; all but the first two hold numbers or the verdict."""
+
+ORDER = ("pass", "inconclusive", "refused", "fail")
+
+
+def row(cell: Cell) -> tuple[str, ...]:
+    """Return the cell as one string for each column of HEADER."""
+    low, high = cell["interval"]
+    return (
+        cell["task"] if cell["protocol"] == "prompt" else f"{cell['task']} ({cell['protocol']})",
+        str(Spec(cell["policy"], cell["params"])),
+        f"{cell['ratio']:g}",
+        f"{cell['held']['mean']:.0%}" if cell["held"] else "?",
+        str(cell["n"]),
+        _mark(cell["base"]),
+        _mark(cell["kept"]),
+        _percent(cell["dp"]),
+        "" if low is None else f"[{_percent(low)}, {_percent(math.inf if high is None else high)}]",
+        f"{len(cell['broke'])}/{len(cell['mended'])}",
+        shown(cell["verdict"]),
+    )
+
+
+def shown(verdict: str) -> str:
+    """Return the verdict as printed: a fail is loud."""
+    return verdict.upper() if verdict == "fail" else verdict
+
+
+def tally(cells: Sequence[Cell]) -> str:
+    """Return how many cells came to which verdict: ``3 pass, 1 FAIL``."""
+    return ", ".join(_counted(verdict, cells) for verdict in ORDER if _with(verdict, cells))
+
+
+def reasons(cells: Sequence[Cell]) -> Iterator[str]:
+    """Yield a sentence for every cell that has something to explain, fails first."""
+    for verdict in reversed(ORDER):
+        for cell in _with(verdict, cells):
+            if cell["reason"]:
+                policy = Spec(cell["policy"], cell["params"])
+                yield (
+                    f"{cell['task']} {policy}@{cell['ratio']:g}: {shown(verdict)}: {cell['reason']}"
+                )
+
+
+def legend(cells: Sequence[Cell]) -> str:
+    """Explain the columns, with the limit and the level where all cells have the same."""
+    limits = {f" (limit {-cell['max_drop']:+z.1%})" for cell in cells}
+    levels = {f"{cell['level']:.0%}, " for cell in cells}
+    return (
+        f"dP: relative change of the mean score{_only(limits)}, worse is negative; "
+        f"interval: where the true dP lies ({_only(levels)}paired by sample); "
+        "held: share of the prompt left in the cache; -/+: samples that broke/mended"
+    )
+
+
+def _only(texts: set[str]) -> str:
+    """Return the one text, or nothing where they differ."""
+    return texts.pop() if len(texts) == 1 else ""
+
+
+def _with(verdict: str, cells: Sequence[Cell]) -> list[Cell]:
+    return [cell for cell in cells if cell["verdict"] == verdict]
+
+
+def _counted(verdict: str, cells: Sequence[Cell]) -> str:
+    found = _with(verdict, cells)
+    needed = [cell["samples_needed"] for cell in found if cell["samples_needed"]]
+    more = f" (about {max(needed)} samples would decide)" if needed else ""
+    return f"{len(found)} {shown(verdict)}{more}"
+
+
+def _mark(mean: float | None) -> str:
+    return "" if mean is None else f"{mean:.3f}"
+
+
+def _percent(change: float | None) -> str:
+    return "" if change is None else f"{change:+z.1%}"

@@ -1,0 +1,62 @@
+import pytest
+
+CELL = {
+    "task": "retrieval",
+    "policy": "snapkv",
+    "params": {},
+    "ratio": 0.25,
+    "protocol": "prompt",
+    "n": 50,
+    "base": 0.96,
+    "kept": 0.94,
+    "dp": -0.0208,
+    "interval": [-0.0881, 0.0364],
+    "level": 0.9,
+    "broke": ["s47"],
+    "mended": [],
+    "held": {"min": 0.2, "mean": 0.24, "max": 0.25},
+    "bytes_full": 80,
+    "bytes_held": 20,
+    "verdict": "pass",
+    "reason": "",
+    "max_drop": 0.1,
+    "samples_needed": None,
+    "fidelity": {"kl": 0.01, "agreement": 0.99},
+    "counts": {"prefills": 50, "forwards": 90, "tokens": 9000},
+    "seconds": 1.5,
+}
+
+FAILED = CELL | {
+    "task": "long_generation",
+    "policy": "streaming_llm",
+    "kept": 0.4,
+    "dp": -0.5833,
+    "interval": [-0.6931, -0.4652],
+    "broke": [f"s{i}" for i in range(20, 48)],
+    "verdict": "fail",
+    "reason": "28 broke, 0 mended",
+}
+
+INCONCLUSIVE = CELL | {
+    "task": "world_knowledge",
+    "protocol": "context",
+    "params": {"window": 16, "kernel": 5},
+    "ratio": 0.5,
+    "verdict": "inconclusive",
+    "reason": "n = 50 cannot decide",
+    "samples_needed": 140,
+}
+
+REFUSED = CELL | {
+    "ratio": 1.0,
+    "dp": None,
+    "interval": [None, None],
+    "held": None,
+    "verdict": "refused",
+    "reason": "nothing was evicted",
+}
+
+
+@pytest.fixture
+def cells():
+    return [CELL, INCONCLUSIVE, REFUSED, FAILED]
