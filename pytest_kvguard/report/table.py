@@ -10,7 +10,6 @@ from pytest_kvguard.report.rows import HEADER, TEXT_COLUMNS, legend, reasons, ro
 STYLES = {"pass": "green", "inconclusive": "yellow", "refused": "magenta", "FAIL": "bold red"}
 """By verdict as it is shown."""
 
-
 NARROWEST = 14
 """Columns of text are folded to this width, no further."""
 
@@ -42,11 +41,9 @@ def _grid(rows: Sequence[tuple[str, ...]], width: int, color: bool) -> list[str]
     least = len(HEADER) - 1  # gaps
     for name, values in zip(HEADER, zip(*rows, strict=True), strict=True):
         longest = max(len(name), *map(len, values))
-        needed = min(longest, NARROWEST) if name in TEXT_COLUMNS else longest
-        least += needed
+        least += min(longest, NARROWEST) if name in TEXT_COLUMNS else longest
         grid.add_column(
             name,
-            min_width=needed,
             justify="left" if name in (*TEXT_COLUMNS, "verdict") else "right",
             no_wrap=name not in TEXT_COLUMNS,
             overflow="fold",
@@ -57,7 +54,6 @@ def _grid(rows: Sequence[tuple[str, ...]], width: int, color: bool) -> list[str]
     console = Console(
         file=StringIO(),
         width=max(width, least),
-        force_terminal=color,
         color_system="standard" if color else None,
     )
     with console.capture() as capture:

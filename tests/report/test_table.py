@@ -81,6 +81,10 @@ def test_a_long_name_is_folded_not_cut(cells):
     assert "".join(folded).startswith("world_knowledge (context)")
 
 
+def test_square_brackets_in_a_name_are_shown(cells):
+    assert "[red]task" in "\n".join(table([cells[0] | {"task": "[red]task"}]))
+
+
 def test_the_protocol_is_shown_where_it_is_not_the_whole_prompt(cells):
     assert "world_knowledge (context) " in "\n".join(table(cells, width=140))
 
