@@ -1,0 +1,138 @@
+"""A system text of two to four rules that every answer must obey, marked rule by rule."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from random import Random
+
+from pytest_kvguard.tasks.base import Part, Sample, Task
+from pytest_kvguard.tasks.procedural.exercises import (
+    STOP,
+    Exercise,
+    Split,
+    check_between,
+    draw_samples,
+    exercise,
+    split_of,
+)
+from pytest_kvguard.tasks.procedural.words import ENDINGS, ITEMS, NAMES, OPENINGS
+
+INTRODUCTION = "Obey these rules in every answer."
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule: how a system text states it and how an answer is checked for it."""
+
+    kind: str  # a key of CHECKS
+    word: str
+    sentence: str
+
+
+def instructions(*, n: int = 100, rules: int = 3, people: int = 8, seed: int = 0) -> Task:
+    """Return ``n`` questions under ``rules`` (2..4) rules about ``people`` (1..24) people."""
+    check_between("rules", rules, 2, 4)
+    check_between("people", people, 1, 24)
+    return Task(
+        name="instructions",
+        ability="instructions",
+        samples=draw_samples(lambda rng: draw_question(rng, rules, people), n, seed),
+        scorer=share_of_rules_obeyed,
+        max_new_tokens=40,
+        stop=(STOP,),
+        source="procedural",
+        params={"rules": rules, "people": people, "seed": seed},
+    )
+
+
+def draw_question(rng: Random, rules: int, people: int) -> Exercise:
+    """Draw one question of the test split."""
+    asked, *others = rng.sample(NAMES, people)
+    while True:
+        items = draw_items(rng)
+        given = draw_rules(rng, rules, items)
+        if split_of_answer(given, items) == "test":
+            break
+    bags = [belongings(asked, items)] + [belongings(name, draw_items(rng)) for name in others]
+    rng.shuffle(bags)
+    parts = system_parts(given)
+    parts += [Part("document", bag, unit=f"sentence {i}") for i, bag in enumerate(bags)]
+    parts.append(Part("question", f"\nQ: {question(asked)}\nA:"))
+    target = tuple(f"{rule.kind} {rule.word}" for rule in given)
+    target += tuple(f"lists {item}" for item in items if f"never {item}" not in target)
+    labels = (f"rules={rules}", f"people={people}")
+    return exercise("instructions", parts, f" {obedient(given, items)}", target, labels)
+
+
+def draw_items(rng: Random) -> tuple[str, ...]:
+    """Draw what one person has, three to five items."""
+    return tuple(rng.sample(ITEMS, rng.randint(3, 5)))
+
+
+def draw_rules(rng: Random, count: int, items: tuple[str, ...]) -> tuple[Rule, ...]:
+    """Draw ``count`` rules of different kinds; what is never to be mentioned is one of the items."""
+    begin, end, never = rng.choice(OPENINGS), rng.choice(ENDINGS), rng.choice(items)
+    rules = (
+        Rule("begin", begin, f"Begin with the word {begin}."),
+        Rule("end", end, f"End with the word {end}."),
+        Rule("never", never, f"Never mention the {never}."),
+        Rule("capitals", "", "Write in capitals."),
+    )
+    return tuple(rng.sample(rules, count))
+
+
+def split_of_answer(rules: tuple[Rule, ...], items: tuple[str, ...]) -> Split:
+    """Return where these items under these rules belong."""
+    return split_of(" ".join([*(rule.sentence for rule in rules), *items]))
+
+
+def system_parts(rules: tuple[Rule, ...]) -> list[Part]:
+    """Return the system text, a unit per rule."""
+    parts = [Part("system", INTRODUCTION)]
+    for rule in rules:
+        end = "\n\n" if rule is rules[-1] else ""
+        parts.append(Part("system", f" {rule.sentence}{end}", unit=f"rule {rule.kind}"))
+    return parts
+
+
+def belongings(name: str, items: tuple[str, ...]) -> str:
+    """Return the line ``Ana has these: lamp, rope, coin.``"""
+    return f"{name} has these: {', '.join(items)}.\n"
+
+
+def question(name: str) -> str:
+    """Return ``What does Ana have?``"""
+    return f"What does {name} have?"
+
+
+def obedient(rules: tuple[Rule, ...], items: tuple[str, ...]) -> str:
+    """Return the answer that lists the items and obeys every rule."""
+    word = {rule.kind: rule.word for rule in rules}
+    listed = ", ".join(item for item in items if item != word.get("never"))
+    answer = " ".join(filter(None, (word.get("begin"), listed, word.get("end"))))
+    return answer.upper() if "capitals" in word else answer
+
+
+def share_of_rules_obeyed(completion: str, sample: Sample) -> float:
+    """Return the share of rules obeyed; listing all that was asked for counts as one rule more.
+
+    An answer that lists nothing of it obeys nothing.
+    """
+    checks = [target.split(" ") for target in sample.target]
+    listed = [CHECKS[kind](completion, word) for kind, word in checks if kind == "lists"]
+    obeyed = [CHECKS[kind](completion, word) for kind, word in checks if kind != "lists"]
+    marks = [*obeyed, all(listed)]
+    return sum(marks) / len(marks) if any(listed) else 0.0
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+", text.lower())
+
+
+CHECKS: Mapping[str, Callable[[str, str], bool]] = {
+    "begin": lambda text, word: _words(text)[:1] == [word],
+    "end": lambda text, word: _words(text)[-1:] == [word],
+    "never": lambda text, word: word not in _words(text),
+    "capitals": lambda text, _: text == text.upper(),
+    "lists": lambda text, word: word in _words(text),
+}
