@@ -54,12 +54,14 @@ def null_variance(table: Table, theta: float) -> float:
     both log p11 + broke log p10 + mended log p01 is largest under p11 + p10 + p01 = 1 and
     p11 + p01 = theta (p11 + p10). There, p01 is the larger root of a quadratic.
     """
+    if theta > 1:  # the same with the runs swapped, where nothing cancels
+        swapped = Table(table.both, broke=table.mended, mended=table.broke)
+        return theta**2 * null_variance(swapped, 1 / theta)
     a = theta * (1 + theta) * table.some
     b = table.still - (table.some + table.mended) * theta**2
     c = -table.mended * theta * (1 - theta)
-    p01 = (-b + math.sqrt(max(b * b - 4 * a * c, 0.0))) / (2 * a)
-    discordant = (1 - theta) + (1 + theta) * p01
-    return theta * table.some * max(discordant, 0.0)
+    p01 = (-b + math.sqrt(b * b - 4 * a * c)) / (2 * a)
+    return theta * table.some * ((1 - theta) + (1 + theta) * p01)
 
 
 def ratio_limits(table: Table, z: float) -> tuple[float, float]:
@@ -77,7 +79,7 @@ def ratio_limits(table: Table, z: float) -> tuple[float, float]:
 
     # With every pair discordant the test is widest: a quadratic that brackets both limits.
     half = observed + z * z * table.some / (2 * table.right**2)
-    highest = half + math.sqrt(max(half * half - observed**2, 0.0))
+    highest = half + math.sqrt(half * half - observed**2)
     lowest = observed**2 / highest
     low = _root(lambda theta: statistic(theta) - z, lowest / 2, observed)
     high = _root(lambda theta: statistic(theta) + z, observed, 2 * highest)

@@ -189,6 +189,11 @@ def test_a_fraction_counts_as_that_fraction_of_a_sample():
     assert halves == pytest.approx(score_interval(*pairs(18, 2, 0)))
 
 
+def test_a_baseline_of_almost_nothing_has_a_wide_interval_not_a_crash():
+    low, high = interval([1e-9, 0], [1, 1])
+    assert low < 0 < 2e9 - 1 < high
+
+
 def test_fieller_interval_inverts_the_paired_t_test():
     rng = np.random.default_rng(1)
     base = rng.beta(4, 2, 60)
