@@ -87,6 +87,7 @@ def ratio_limits(table: Table, z: float) -> tuple[float, float]:
 
 
 def _root(f: Callable[[float], float], low: float, high: float) -> float:
+    """Return where f changes sign, 0 < low < high; sought in logarithms, as befits a ratio."""
     from scipy.optimize import brentq
 
-    return float(brentq(f, low, high))
+    return math.exp(brentq(lambda log: f(math.exp(log)), math.log(low), math.log(high)))
