@@ -8,6 +8,7 @@ from pytest_kvguard.specs import Spec, make, parse
 from pytest_kvguard.tasks.arithmetic import arithmetic
 from pytest_kvguard.tasks.base import Task
 from pytest_kvguard.tasks.long_generation import long_generation
+from pytest_kvguard.tasks.procedural import PROCEDURAL
 from pytest_kvguard.tasks.retrieval import retrieval
 from pytest_kvguard.tasks.world_knowledge import world_knowledge
 
@@ -19,6 +20,7 @@ TASKS: dict[str, TaskFactory] = {
     "long_generation": long_generation,
     "retrieval": retrieval,
     "world_knowledge": world_knowledge,
+    **PROCEDURAL,
 }
 
 

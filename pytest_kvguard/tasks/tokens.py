@@ -17,7 +17,7 @@ def token_spans(spans: Sequence[Span], offsets: Offsets) -> tuple[int, ...]:
     """Return the index of the span that holds each token's first character.
 
     Empty offsets at 0 mean a special token that the tokenizer adds: ADDED. Empty offsets further
-    on mean white space that some tokenizers cut off, which begins where the last token ended.
+    on mean white space that the tokenizer trims; it begins where the last token ended.
     """
     starts, length = [span.start for span in spans], spans[-1].end if spans else 0
     owners, seen = [], 0  # characters up to the end of the last token
