@@ -8,6 +8,7 @@ through the model together, as many as memory allows.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -131,6 +132,7 @@ class Engine:
     def _baseline(self, wave: Sequence[_Held], grid: Grid, stopping: Stopping) -> None:
         """Let the full cache answer a wave of prompts."""
         for batch in chunks(wave, lambda held: held.full.bytes, self.memory // SHARE):
+            started = perf_counter()
             answers = [Answer() for _ in batch]
             full = [held.full for held in batch]
             greedy(self.seam, Rows(full), [h.prompt.tail for h in batch], answers, stopping)
@@ -138,6 +140,7 @@ class Engine:
             outcome.forwards += max(answer.forwards for answer in answers)
             for held, kept, answer in zip(batch, full, answers, strict=True):
                 _record(outcome, held, kept, kept, answer)
+            outcome.seconds += perf_counter() - started
 
     def _draft_bytes(self, grid: Grid) -> Callable[[_Held], int]:
         """Tell what a prompt's draft logits take, in bytes."""
@@ -175,6 +178,7 @@ class Engine:
         self, batch: Sequence[_Job], cells: Sequence[Cell], grid: Grid, stopping: Stopping
     ) -> None:
         """Answer one batch of rows: read the drafts, then write on where they are not shared."""
+        started = perf_counter()
         rotations = [self._rotation_for(cells[job.cell].policy) for job in batch]
         kept = [_kept(job, turn) for job, turn in zip(batch, rotations, strict=True)]
         tails = [job.draft.held.prompt.tail for job in batch]
@@ -197,9 +201,11 @@ class Engine:
             rows = Rows([kept[i] for i in going], make)
             pending = [[*tails[i], *answers[i].tokens] for i in going]
             greedy(self.seam, rows, pending, [answers[i] for i in going], stopping)
+        spent = (perf_counter() - started) / sum(answer.fed for answer in answers)
         for cell in {job.cell for job in batch}:
             mine = [i for i, job in enumerate(batch) if job.cell == cell]
             grid.cells[cell].forwards += max(answers[i].forwards for i in mine)
+            grid.cells[cell].seconds += spent * sum(answers[i].fed for i in mine)
             for i in mine:
                 held = batch[i].draft.held
                 _record(grid.cells[cell], held, held.full, kept[i], answers[i])
@@ -272,9 +278,7 @@ def _select(
             ratings, states = rated[id(cell.policy)]
             masks = keep_masks(cell.policy, ratings, states, cell.ratio)
             budgets = [cell.policy.budget(state, cell.ratio) for state in states]
-        except (
-            Exception
-        ) as problem:  # other people's code: its cell fails alone
+        except Exception as problem:  # other people's code: its cell fails alone
             outcome.problem = held.index, f"{type(problem).__name__}: {problem}"
             continue
         yield _Job(draft, index, masks, budgets)

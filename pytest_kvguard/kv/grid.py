@@ -84,6 +84,7 @@ class Outcome:
     bytes_held: int = 0  # the same, of what was held
     forwards: int = 0  # passes that carried at least one of this cell's rows
     tokens: int = 0  # tokens of this cell's rows that went through the model
+    seconds: float = 0.0  # of the batches it was in, shared by tokens
     problem: tuple[int, str] | None = None  # a prompt that could not be measured, and why
 
 

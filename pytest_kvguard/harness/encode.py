@@ -1,0 +1,68 @@
+"""From the text of a sample to the tokens of a prompt, each token with its part."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.kv.grid import Prompt
+from pytest_kvguard.tasks.base import Kind, Sample, Task
+from pytest_kvguard.tasks.prompt import Message, render
+from pytest_kvguard.tasks.tokens import context_length, token_kinds, token_spans, unit_positions
+
+KINDS: tuple[Kind, ...] = ("system", "instruction", "shot", "document", "question")
+PROTECTABLE = (*KINDS, "template")
+
+
+def encode(
+    task: Task,
+    samples: Sequence[Sample],
+    tokenizer: Any,
+    *,
+    ahead: bool,
+    protect: Collection[str] = (),
+) -> list[Prompt]:
+    """Turn samples into prompts.
+
+    ahead: compress the context before the question is seen; protect: the kinds of parts that
+    every policy must keep, any of PROTECTABLE. Raises InvalidArgument for a kind that is unknown,
+    a tokenizer without offsets and, under ``ahead``, a sample without context.
+    """
+    for kind in protect:
+        if kind not in PROTECTABLE:
+            known = ", ".join(PROTECTABLE)
+            raise InvalidArgument(f"cannot protect {kind!r}; known parts: {known}")
+    if not getattr(tokenizer, "is_fast", False):
+        raise InvalidArgument(
+            f"{type(tokenizer).__name__} gives no character offsets, so shots cannot be found in "
+            f"its tokens; use a fast tokenizer (one with a tokenizer.json)"
+        )
+    chat = task.chat and bool(getattr(tokenizer, "chat_template", None))
+    return [_encode(sample, tokenizer, chat, ahead, protect) for sample in samples]
+
+
+def _encode(
+    sample: Sample, tokenizer: Any, chat: bool, ahead: bool, protect: Collection[str]
+) -> Prompt:
+    def template(messages: list[Message]) -> str:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return str(text)
+
+    rendered = render(sample, template if chat else None)
+    tokens = tokenizer(
+        rendered.text, return_offsets_mapping=True, add_special_tokens=not chat, verbose=False
+    )
+    owners = token_spans(rendered.spans, tokens["offset_mapping"])
+    kinds = token_kinds(rendered.spans, owners)
+    context = context_length(rendered.spans, owners)
+    if ahead and context == 0:
+        raise InvalidArgument(
+            f"sample {sample.id!r} has nothing before its question, so there is no context to "
+            f"compress; use --kv-protocol=prompt"
+        )
+    return Prompt(
+        ids=tuple(tokens["input_ids"]),
+        context=context,
+        ahead=ahead,
+        units=unit_positions(rendered.spans, owners),
+        protected=tuple(at for at, kind in enumerate(kinds) if kind in protect),
+    )

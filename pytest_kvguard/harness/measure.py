@@ -1,0 +1,163 @@
+"""Put a task to a model, with its full cache and under every cell, and mark the answers."""
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.harness.encode import encode
+from pytest_kvguard.harness.records import FULL, Answer, Counts, Fidelity, Held, Run
+from pytest_kvguard.harness.trial import hopeless
+from pytest_kvguard.kv import decode
+from pytest_kvguard.kv.engine import Engine
+from pytest_kvguard.kv.grid import Cell, Grid, Outcome
+from pytest_kvguard.kv.seam import Seam
+from pytest_kvguard.models import Loaded
+from pytest_kvguard.tasks.base import Protocol, Sample, Task
+
+TRIAL = 24  # baseline answers after which a task far beyond the model is given up
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model made of a task."""
+
+    baseline: Run
+    runs: tuple[Run, ...]  # one for each cell, in their order; none when given up
+    given_up: str | None = None  # why the cells were not run
+    disagreements: int = 0  # samples whose baseline rounds differently when read in one go
+
+
+class Bench:
+    """A model on which tasks are measured."""
+
+    def __init__(self, loaded: Loaded, *, memory: int = 2**30) -> None:
+        self.loaded = loaded
+        self.engine = Engine(Seam(loaded.model), memory=memory)
+
+    def measure(
+        self,
+        task: Task,
+        cells: Sequence[Cell],
+        *,
+        limit: int | None = None,
+        protocol: Protocol | None = None,
+        protect: Collection[str] = (),
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Measured:
+        """Answer the first ``limit`` samples of a task, with the full cache and under each cell.
+
+        protocol: when to compress, if not as the task says; protect: kinds of parts that every
+        policy must keep. Gives up after the first answers of a baseline that is hopeless.
+        """
+        samples = task.samples[:limit]
+        if not samples:
+            raise InvalidArgument(f"task {task.name!r} has no samples; give it some data")
+        protocol = protocol or task.protocol
+        ahead = protocol == "context"
+        prompts = encode(task, samples, self.loaded.tokenizer, ahead=ahead, protect=protect)
+        stopping = decode.Stopping(
+            task.max_new_tokens, self.loaded.eos, task.stop, self.loaded.decode
+        )
+
+        def mark(answers: Mapping[int, decode.Answer]) -> dict[str, float]:
+            return {
+                samples[i].id: task.scorer(stopping.text(answers[i].tokens), samples[i])
+                for i in sorted(answers)
+            }
+
+        def go_on(answers: Mapping[int, decode.Answer]) -> bool:
+            return hopeless(list(mark(answers).values()), task.chance) is None
+
+        started = time.perf_counter()
+        grid = self.engine.run(
+            prompts, cells, stopping, first=TRIAL, go_on=go_on, progress=progress
+        )
+        blank = Run(
+            task=task.name,
+            ability=task.ability,
+            policy=FULL,
+            params={},
+            ratio=1.0,
+            protocol=protocol,
+            scores={},
+            seconds=time.perf_counter() - started,
+            chance=task.chance,
+            higher_is_better=task.higher_is_better,
+        )
+        record = _Recorder(samples, stopping, mark, grid, blank)
+        baseline = record.run(grid.baseline)
+        if grid.abandoned:
+            reason = hopeless(list(baseline.scores.values()), task.chance)
+            return Measured(baseline, (), reason)
+        runs = tuple(record.cell(cell, grid.cells[i]) for i, cell in enumerate(cells))
+        return Measured(baseline, runs, None, grid.disagreements)
+
+
+@dataclass(frozen=True)
+class _Recorder:
+    """Turns outcomes of the engine into runs."""
+
+    samples: Sequence[Sample]
+    stopping: decode.Stopping
+    mark: Callable[[Mapping[int, decode.Answer]], dict[str, float]]
+    grid: Grid
+    blank: Run
+
+    def run(self, outcome: Outcome) -> Run:
+        return replace(
+            self.blank,
+            scores=self.mark(outcome.answers),
+            answers={
+                self.samples[i].id: Answer(
+                    text=self.stopping.text(answer.tokens),
+                    tokens=len(answer.tokens),
+                    stopped=self.stopping.ended(answer.tokens),
+                )
+                for i, answer in sorted(outcome.answers.items())
+            },
+            held=_held(outcome),
+            bytes_full=outcome.bytes_full,
+            bytes_held=outcome.bytes_held,
+            counts=Counts(self.grid.prefills, outcome.forwards, outcome.tokens),
+            fidelity=_fidelity(outcome),
+            seconds=outcome.seconds,
+        )
+
+    def cell(self, cell: Cell, outcome: Outcome) -> Run:
+        error = None
+        if outcome.problem is not None:
+            index, why = outcome.problem
+            error = f"sample {self.samples[index].id}: {why}"
+        return replace(
+            self.run(outcome),
+            policy=cell.policy.name,
+            params=dict(cell.policy.params),
+            ratio=cell.ratio,
+            evicted=cell.decode is not None,
+            error=error,
+        )
+
+
+def _held(outcome: Outcome) -> Held | None:
+    if not outcome.held:
+        return None
+    return Held(
+        min=min(float(held.min()) for held in outcome.held),
+        mean=sum(float(held.mean()) for held in outcome.held) / len(outcome.held),
+        max=max(float(held.max()) for held in outcome.held),
+    )
+
+
+def _fidelity(outcome: Outcome) -> Fidelity | None:
+    known = [
+        (answer.kl, answer.agreement)
+        for answer in outcome.answers.values()
+        if answer.kl is not None and answer.agreement is not None
+    ]
+    if not known:
+        return None
+    return Fidelity(
+        kl=sum(kl for kl, _ in known) / len(known),
+        agreement=sum(agreement for _, agreement in known) / len(known),
+    )

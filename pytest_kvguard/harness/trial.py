@@ -1,0 +1,28 @@
+"""Whether a model can do a task at all, from its first answers."""
+
+import math
+from collections.abc import Sequence
+
+MARGIN = 0.15
+"""A baseline must be able to lie this far above chance for a loss to be seen on it."""
+
+
+def hopeless(marks: Sequence[float], chance: float) -> str | None:
+    """Say why a task is beyond a model, or return None while that is not proved.
+
+    marks: scores in [0, 1] of the first answers of the full cache. Hopeless is a model whose
+    score, by the exact (Clopper-Pearson) upper bound at 95 %, lies less than MARGIN above what
+    guessing scores. Fractional marks count by their whole sum.
+    """
+    from scipy.stats import binomtest  # costs start-up time
+
+    right, n = math.floor(sum(marks)), len(marks)
+    most = binomtest(right, n).proportion_ci(confidence_level=0.90, method="exact").high
+    if most >= chance + MARGIN:
+        return None
+    above = f"{chance:.0%} by guessing" if chance else "nothing"
+    return (
+        f"the model is too weak for this task: with its full cache it gets {right} of the first "
+        f"{n} right, at most {most:.0%} in the long run (95 %), against {above}; compression has "
+        f"nothing to break, use a stronger model or an easier task"
+    )

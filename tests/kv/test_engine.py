@@ -1,0 +1,248 @@
+"""Promises of the engine: shared work, equal answers however work is split, nothing left behind."""
+
+import pytest
+import torch
+from transformers import MambaConfig, MambaForCausalLM
+
+from pytest_kvguard.errors import Unsupported
+from pytest_kvguard.kv.decode import Stopping
+from pytest_kvguard.kv.engine import Engine
+from pytest_kvguard.kv.grid import Cell, Grid, Prompt
+from pytest_kvguard.kv.prefill import Observe, prefill
+from pytest_kvguard.kv.seam import Seam
+from pytest_kvguard.policies import POLICIES, get_policy
+from pytest_kvguard.policies.base import Policy
+from pytest_kvguard.policies.selectors import top_tokens
+from tests.tiny import FAMILIES, family, llama, tokens
+
+CONTEXT = tokens(30)
+QUESTIONS = [tokens(4 + i, seed=i + 1) for i in range(4)]
+UNITS = tuple((range(start, start + 5),) for start in range(2, 27, 5))
+STOPPING = Stopping(12, frozenset({5}), (), lambda ids: " ".join(map(str, ids)))
+
+
+def prompts(*, ahead: bool = False) -> list[Prompt]:
+    return [Prompt(tuple(CONTEXT + q), len(CONTEXT), ahead, UNITS) for q in QUESTIONS]
+
+
+def cells(*specs: str, ratios: tuple[float, ...] = (0.5,)) -> list[Cell]:
+    return [Cell(get_policy(spec), ratio) for spec in specs for ratio in ratios]
+
+
+def answers(grid: Grid) -> list[dict[int, list[int]]]:
+    outcomes = [grid.baseline, *grid.cells.values()]
+    assert [outcome.problem for outcome in outcomes] == [None] * len(outcomes)
+    return [{i: a.tokens for i, a in sorted(o.answers.items())} for o in outcomes]
+
+
+def run(model, what: list[Prompt], grid_cells: list[Cell], **settings) -> tuple[Grid, Seam]:
+    seam = Seam(model)
+    return Engine(seam, **settings).run(what, grid_cells, STOPPING), seam
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_the_baseline_is_what_the_stock_model_generates(name):
+    grid, _ = run(family(name), prompts(), [])
+    for index, prompt in enumerate(prompts()):
+        ids = list(prompt.ids)
+        with torch.inference_mode():
+            while len(ids) < len(prompt.ids) + STOPPING.most and ids[-1] not in STOPPING.eos:
+                ids.append(int(family(name)(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert grid.baseline.answers[index].tokens == ids[len(prompt.ids) :]
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["prompt", "context"])
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_keeping_all_reproduces_the_baseline(name, ahead):
+    grid, _ = run(family("llama"), prompts(ahead=ahead), cells(name, ratios=(1.0,)))
+    base, kept = answers(grid)
+    assert kept == base
+    assert all(bool((held == 1).all()) for held in grid.cells[0].held)
+    assert grid.cells[0].bytes_held == grid.cells[0].bytes_full
+
+
+EVERY = ("snapkv(window=4)", "shotkv(window=4)", "h2o", "tova", "streaming_llm(sinks=2)")
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["prompt", "context"])
+def test_a_row_does_not_depend_on_what_it_is_decoded_with(ahead):
+    together, _ = run(family("llama"), prompts(ahead=ahead), cells(*EVERY, ratios=(0.5, 0.4)))
+    for index, prompt in enumerate(prompts(ahead=ahead)):
+        alone, _ = run(family("llama"), [prompt], cells(*EVERY, ratios=(0.5, 0.4)))
+        for one, many in zip(answers(alone), answers(together), strict=True):
+            assert one[0] == many[index]
+
+
+def test_memory_splits_the_work_and_not_the_answers():
+    grid, _ = run(family("llama"), prompts(), cells(*EVERY))
+    split, seam = run(family("llama"), prompts(), cells(*EVERY), memory=1)
+    assert answers(split) == answers(grid)
+    assert seam.forwards > 100  # every row on its own
+
+
+def test_answers_grow_beyond_the_draft_as_if_written_step_by_step():
+    """A row that leaves its draft ends where a row without any draft would."""
+    [rule] = cells("knorm")
+    grid, _ = run(family("llama"), prompts(), [rule])
+    assert any(a != b for a, b in zip(*(x.values() for x in answers(grid)), strict=True))
+    from pytest_kvguard.kv.compress import importances, keep, keep_masks
+    from pytest_kvguard.kv.decode import Answer, greedy
+    from pytest_kvguard.kv.rows import Rows
+
+    for index, prompt in enumerate(prompts()):
+        seam, answer = Seam(family("llama")), Answer()
+        with seam.open():
+            held = prefill(seam, prompt.ids, Observe())
+            states = held.states(UNITS, prompt.protection(rule.policy, torch.device("cpu")))
+            masks = keep_masks(rule.policy, importances(rule.policy, states), states, rule.ratio)
+            kept = keep(held, masks, [1] * len(masks), prompt.fed)
+            greedy(seam, Rows([kept]), [prompt.tail], [answer], STOPPING)
+        assert grid.cells[0].answers[index].tokens == answer.tokens
+
+
+def test_a_shared_context_is_prefilled_once_whatever_the_grid():
+    small, _ = run(family("llama"), prompts(), cells("snapkv(window=4)"))
+    large, _ = run(family("llama"), prompts(), cells(*EVERY, ratios=(0.75, 0.5, 0.3)))
+    assert small.prefills == large.prefills == 1
+    apart = [Prompt(p.ids, context=0) for p in prompts()]
+    assert run(family("llama"), apart, [])[0].prefills == len(apart)
+
+
+def test_a_new_ratio_costs_no_prefill_and_no_rating():
+    rated = []
+
+    def importance(state):
+        rated.append(state.layer)
+        return -state.keys.norm(dim=-1)
+
+    from pytest_kvguard.policies.budgets import keep_ratio
+
+    policy = Policy("counting", importance, keep_ratio, top_tokens)
+    one, seam_one = run(family("llama"), prompts(), [Cell(policy, 0.9)])
+    first = len(rated)
+    many, seam_many = run(family("llama"), prompts(), [Cell(policy, r) for r in (0.9, 0.8, 0.7)])
+    assert len(rated) - first == first == len(QUESTIONS) * 3
+    assert one.prefills == many.prefills
+    fed = [sum(o.tokens for o in grid.cells.values()) for grid in (one, many)]
+    assert seam_many.tokens - seam_one.tokens <= (fed[1] - fed[0]) * 3  # padding at most
+
+
+def test_sharing_a_prefill_changes_no_number():
+    seam = Seam(family("gemma3"))
+    ids = CONTEXT + QUESTIONS[3]
+    with seam.open():
+        whole = prefill(seam, ids, Observe(window=9, sums=True))
+        start = prefill(seam, CONTEXT, Observe(window=9, sums=True))
+        joined = prefill(seam, ids, Observe(window=9, sums=True), after=start)
+    for one, two in zip(whole.layers, joined.layers, strict=True):
+        for what in ("keys", "values", "queries"):
+            torch.testing.assert_close(getattr(one, what), getattr(two, what))
+        if one.sums is not None:
+            torch.testing.assert_close(one.sums, two.sums)
+
+
+def test_what_is_held_stays_within_the_ratio_in_every_layer_and_head():
+    ratio = 0.4
+    grid, _ = run(family("llama"), prompts(), cells("shotkv(window=4)", "h2o", ratios=(ratio,)))
+    for outcome in grid.cells.values():
+        assert all(bool((held <= ratio).all()) for held in outcome.held)
+        assert 0 < outcome.bytes_held <= ratio * outcome.bytes_full
+
+
+def test_bytes_are_those_of_the_tensors():
+    [prompt] = prompts()[:1]
+    grid, _ = run(family("llama"), [prompt], cells("knorm"))
+    budget, size = len(prompt.ids) // 2, family("llama").config.head_dim
+    layers, heads, numbers = 3, 2, 2 * size
+    assert grid.cells[0].bytes_held == layers * heads * (budget - 1) * numbers * 4
+    assert grid.baseline.bytes_full == layers * heads * (len(prompt.ids) - 1) * numbers * 4
+
+
+def test_bfloat16_runs_and_keeps_its_type():
+    model = llama().to(torch.bfloat16)
+    grid, _ = run(model, prompts(), cells(*EVERY))
+    answers(grid)
+    full, _ = run(llama(), prompts()[:1], [])
+    half, _ = run(model, prompts()[:1], [])
+    assert half.baseline.bytes_full * 2 == full.baseline.bytes_full
+
+
+def test_the_model_is_as_it_was_afterwards():
+    model = llama()
+    model.train()
+    run(model, prompts(), cells("h2o"))
+    assert model.config._attn_implementation == "sdpa"
+    assert model.training
+    model.eval()
+    ids = torch.tensor([CONTEXT])
+    torch.testing.assert_close(model(ids).logits, llama()(ids).logits)
+
+
+def test_a_policy_that_fails_fails_its_cell_alone():
+    def importance(state):
+        raise RuntimeError("boom")
+
+    from pytest_kvguard.policies.budgets import keep_ratio
+
+    broken = Cell(Policy("broken", importance, keep_ratio, top_tokens), 0.5)
+    grid, _ = run(family("llama"), prompts(), [broken, *cells("knorm")])
+    assert grid.cells[0].problem == (0, "RuntimeError: boom")
+    assert len(grid.cells[1].answers) == len(QUESTIONS)
+
+
+@pytest.mark.parametrize("what", ["empty", "oversize"])
+def test_a_mask_that_breaks_the_contract_is_named(what):
+    def select(importance, n, state):
+        return torch.full(importance.shape, what == "oversize")
+
+    from pytest_kvguard.policies.budgets import keep_ratio
+
+    cell = Cell(Policy("odd", lambda s: -s.keys.norm(dim=-1), keep_ratio, select), 0.5)
+    grid, _ = run(family("llama"), prompts(), [cell])
+    index, why = grid.cells[0].problem
+    assert index == 0
+    assert "odd" in why
+    assert "layer 0" in why
+
+
+def test_a_run_can_be_given_up_after_its_first_answers():
+    grid = Engine(Seam(family("llama"))).run(
+        prompts(), cells("knorm"), STOPPING, first=2, go_on=lambda found: False
+    )
+    assert grid.abandoned
+    assert sorted(grid.baseline.answers) == [0, 1]
+    assert grid.cells[0].answers == {}
+
+
+def test_a_model_without_attention_is_refused_by_name():
+    config = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
+    with pytest.raises(Unsupported, match="MambaForCausalLM"):
+        run(MambaForCausalLM(config), prompts(), [])
+
+
+def test_attention_that_would_not_be_reproduced_is_refused_by_name():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    with pytest.raises(Unsupported, match="softcap"):
+        run(Gemma2ForCausalLM(config), prompts(), [])
+
+
+def test_fidelity_is_perfect_without_eviction_and_not_with_it():
+    grid, _ = run(family("llama"), prompts(), cells("random_tokens", ratios=(1.0, 0.3)))
+    whole, part = (list(outcome.answers.values()) for outcome in grid.cells.values())
+    assert all(answer.agreement == 1 and answer.kl < 1e-6 for answer in whole)
+    assert all(answer.kl > 0.01 for answer in part)
+
+
+def test_stop_strings_end_an_answer_and_are_left_out():
+    stopping = Stopping(12, frozenset({5}), ("stop",), lambda ids: "".join(map(chr, ids)))
+    asked = [ord(c) for c in "go on stop it"]
+    ended = [stopping.ended(asked[: n + 1]) for n in range(len(asked))]
+    assert ended.index(True) == len("go on stop") - 1
+    assert stopping.text([*asked, 5]) == "go on "
+    assert stopping.over([7] * 12)
+    assert not stopping.ended([7] * 12)

@@ -1,0 +1,219 @@
+"""Evicting must give what hiding would: stock transformers with a mask is the oracle."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pytest_kvguard.kv.compress import Kept, importances, keep, keep_masks
+from pytest_kvguard.kv.engine import Engine
+from pytest_kvguard.kv.evicting import Decoding, evicting
+from pytest_kvguard.kv.grid import Prompt
+from pytest_kvguard.kv.prefill import Observe, Prefill, prefill
+from pytest_kvguard.kv.rows import GrowingLayer, Rows
+from pytest_kvguard.kv.seam import Seam
+from pytest_kvguard.policies import POLICIES, get_policy
+from pytest_kvguard.policies.base import EMPTY, Policy
+from tests.tiny import FAMILIES, WINDOW, family, tokens
+
+PROMPT = tokens(41)
+ANSWER = tokens(7, seed=1)
+UNITS = tuple((range(start, start + 6),) for start in range(2, 32, 6))
+RATIO = 0.5
+SMALL = {"snapkv": "(window=5)", "pyramidkv": "(window=5)", "chunkkv": "(window=5, length=4)"}
+POLICY_NAMES = sorted(POLICIES)
+
+
+def policy_of(name: str) -> Policy:
+    return get_policy(name + SMALL.get(name, ""))
+
+
+def compressed(seam: Seam, policy: Policy, ratio: float = RATIO) -> tuple[Prefill, list, Kept]:
+    prompt = Prompt(tuple(PROMPT), context=0, units=UNITS)
+    held = prefill(seam, PROMPT, Observe(policy.window, policy.needs_sums))
+    states = held.states(UNITS, prompt.protection(policy, torch.device("cpu")))
+    masks = keep_masks(policy, importances(policy, states), states, ratio)
+    budgets = [policy.budget(state, ratio) for state in states]
+    return held, masks, keep(held, masks, budgets, prompt.fed)
+
+
+def attentions(model: PreTrainedModel) -> list[torch.nn.Module]:
+    found = [m for m in model.modules() if hasattr(m, "layer_idx") and "Attention" in str(type(m))]
+    return sorted(found, key=lambda m: m.layer_idx)
+
+
+@contextmanager
+def masked(model: PreTrainedModel, masks: dict[int, Tensor]) -> Iterator[None]:
+    """Give each attention layer of a stock model its own (1, Hq, Q, T) mask."""
+
+    def swap(module, args, kwargs):
+        return args, {**kwargs, "attention_mask": masks[module.layer_idx]}
+
+    hooks = [m.register_forward_pre_hook(swap, with_kwargs=True) for m in attentions(model)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def stock_logits(model: PreTrainedModel, masks: dict[int, Tensor]) -> Tensor:
+    """What the untouched model says to the tokens fed after compression, (1 + len(ANSWER), V)."""
+    ids = torch.tensor([PROMPT + ANSWER])
+    with torch.inference_mode(), masked(model, masks):
+        return model(ids).logits[0, len(PROMPT) - 1 :]
+
+
+def hidden_by(kept: dict[int, list[Tensor]], held: Prefill, heads: int) -> dict[int, Tensor]:
+    """Masks of a stock model: causal, and each fed token sees only what ``kept`` says.
+
+    kept: for each compressible layer, for each fed token, (Hkv, T + fed) bool.
+    """
+    total, first = len(PROMPT) + len(ANSWER), len(PROMPT) - 1
+    causal = torch.ones(total, total, dtype=torch.bool).tril()
+    masks = {}
+    for layer in held.layers:
+        mask = causal.expand(1, heads, -1, -1).clone()
+        if layer.window is not None:
+            mask &= ~torch.ones(total, total, dtype=torch.bool).tril(-WINDOW)
+        else:
+            for row, seen in enumerate(kept[layer.layer]):
+                mask[0, :, first + row] &= seen.repeat_interleave(heads // seen.shape[0], dim=0)
+        masks[layer.layer] = mask
+    return masks
+
+
+def feed(seam: Seam, rows: Rows, width: int) -> Tensor:
+    """Feed the prompt's last token and the answer, ``width`` tokens at a time."""
+    fed = [PROMPT[-1], *ANSWER]
+    pieces = [fed[at : at + width] for at in range(0, len(fed), width)]
+    return torch.cat([rows.feed(seam, [p], last=len(p))[0] for p in pieces])
+
+
+@pytest.mark.parametrize("width", [1, 3, 8], ids=["step by step", "in threes", "in one go"])
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_evicting_at_prefill_equals_masking_in_every_family(name, width):
+    check_prefill_eviction(family(name), policy_of("snapkv"), width)
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+def test_evicting_at_prefill_equals_masking_under_every_policy(policy):
+    check_prefill_eviction(family("llama"), policy_of(policy), width=8)
+
+
+def check_prefill_eviction(model: PreTrainedModel, policy: Policy, width: int) -> None:
+    seam = Seam(model)
+    with seam.open():
+        held, masks, kept = compressed(seam, policy)
+        own = feed(seam, Rows([kept]), width)
+    after = torch.ones(len(ANSWER) + 1, dtype=torch.bool)  # what is fed sees what was fed
+    seen = {
+        layer.layer: [torch.cat([m[:, :-1], after.expand(len(m), -1)], dim=1)] * (len(ANSWER) + 1)
+        for layer, m in zip(held.compressible, masks, strict=True)
+    }
+    expected = stock_logits(model, hidden_by(seen, held, model.config.num_attention_heads))
+    torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(own, plain_logits(model), rtol=1e-2, atol=1e-2)  # something was lost
+
+
+def plain_logits(model: PreTrainedModel) -> Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([PROMPT + ANSWER])).logits[0, len(PROMPT) - 1 :]
+
+
+EVICTING = [n for n in POLICY_NAMES if policy_of(n).decode is not None]
+
+
+@pytest.mark.parametrize("width", [1, 8], ids=["step by step", "in one go"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("policy", EVICTING)
+def test_evicting_while_decoding_equals_masking(policy, name, width):
+    model, rule = family(name), policy_of(policy)
+    seam = Seam(model)
+    with seam.open():
+        held, _, kept = compressed(seam, rule)
+        seen = what_is_seen(seam, rule, held, kept)
+        own = feed(seam, rows_of(rule, kept), width)
+    expected = stock_logits(model, hidden_by(seen, held, model.config.num_attention_heads))
+    torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-3)
+
+
+def rows_of(policy: Policy, kept: Kept) -> Rows:
+    budgets = [layer.budget for layer in kept.layers if layer.window is None]
+    decoding = Decoding(
+        eviction=policy.decode,
+        ratio=torch.tensor([RATIO], dtype=torch.float64),
+        prompt_length=torch.tensor([len(PROMPT)]),
+        fresh=torch.tensor([len(PROMPT)]),
+        slots=policy.decode.slots(max(budgets), len(ANSWER) + 1, RATIO),
+    )
+    return Rows([kept], evicting(decoding))
+
+
+def what_is_seen(seam: Seam, policy: Policy, held: Prefill, kept: Kept) -> dict[int, list[Tensor]]:
+    """Watch the slots while the answer is fed: for each token, which positions are there."""
+    rows, total = rows_of(policy, kept), len(PROMPT) + len(ANSWER)
+    seen: dict[int, list[Tensor]] = {layer.layer: [] for layer in held.compressible}
+    for at, token in enumerate([PROMPT[-1], *ANSWER], start=len(PROMPT) - 1):
+        for index, found in seen.items():
+            positions = rows.layers[index].positions[0]  # (Hkv, C)
+            mask = torch.zeros(len(positions), total + 1, dtype=torch.bool)
+            mask.scatter_(1, torch.where(positions == EMPTY, total, positions), True)
+            mask[:, at] = True
+            found.append(mask[:, :total])
+        rows.feed(seam, [[token]], last=1)
+    gone = [len(found[0][0]) and int((~found[-1]).sum()) for found in seen.values()]
+    assert min(gone) > 0, "nothing was evicted, so the oracle would prove nothing"
+    return seen
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_policies_see_the_attention_the_model_computed(name):
+    model = family(name)
+    seam = Seam(model)
+    with seam.open():
+        held = prefill(seam, PROMPT, Observe(window=9, sums=True))
+    states = held.states((), torch.zeros(len(PROMPT), dtype=torch.bool))
+    own = own_attention(name)
+    from pytest_kvguard.policies.observe import window_attention
+
+    for layer, state in zip(held.compressible, states, strict=True):
+        expected = own[layer.layer][0]  # (Hq, T, T)
+        seen = window_attention(state, 9).flatten(0, 1)
+        torch.testing.assert_close(seen, expected[:, -9:], rtol=1e-4, atol=1e-5)
+        sums = expected.double().sum(dim=1).float()
+        torch.testing.assert_close(state.attention_sums, sums, rtol=1e-4, atol=1e-4)
+
+
+def own_attention(name: str) -> tuple[Tensor, ...]:
+    """Attention of the same weights under transformers' eager implementation."""
+    eager = FAMILIES[name]()
+    eager.set_attn_implementation("eager")
+    with torch.inference_mode():
+        return eager(torch.tensor([PROMPT]), output_attentions=True).attentions
+
+
+def test_cache_positions_equal_the_text_that_is_left():
+    """With one layer, what a token holds depends on itself alone: evicting is leaving out."""
+    from tests.tiny import llama
+
+    model = llama(num_hidden_layers=1)
+    rule = get_policy("streaming_llm(sinks=3, positions=cache)")
+    seam = Seam(model)
+    with seam.open():
+        engine = Engine(seam)
+        rotation = engine._rotation_for(rule)
+        prompt = Prompt(tuple(PROMPT), context=0)
+        held = prefill(seam, PROMPT, Observe())
+        states = held.states((), prompt.protection(rule, torch.device("cpu")))
+        masks = keep_masks(rule, importances(rule, states), states, RATIO)
+        kept = keep(held, masks, [20], prompt.fed, rotation)
+        own = feed(seam, Rows([kept], GrowingLayer), width=8)
+    left = [t for t, stays in zip(PROMPT, masks[0][0].tolist(), strict=True) if stays]
+    assert left == PROMPT[:3] + PROMPT[-17:]
+    with torch.inference_mode():
+        expected = model(torch.tensor([left + ANSWER])).logits[0, len(left) - 1 :]
+    torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-3)
