@@ -31,10 +31,10 @@ def evictable(candidates: Tensor, state: DecodeState) -> Tensor:
 def room_for_next(candidates: Tensor, state: DecodeState) -> Tensor:
     """Return how many candidates may be held so that the next token fits the budget, (R, Hkv)."""
     staying = state.held & ~evictable(candidates, state)
-    return constant(state.budget)[:, None] - 1 - staying.sum(dim=-1)
+    return rolling_room(state.budget)[:, None] - 1 - staying.sum(dim=-1)
 
 
-def constant(budget: Tensor) -> Tensor:
+def rolling_room(budget: Tensor) -> Tensor:
     """Return the slots of rows that stay within their budget, (R,).
 
     At least two: the token just attended leaves only after the next one has come.
@@ -42,6 +42,6 @@ def constant(budget: Tensor) -> Tensor:
     return budget.clamp(min=2)
 
 
-def constant_slots(budget: int, new: int, ratio: float) -> int:
-    """Return `constant` for one row: however many tokens are new, they share the budget."""
+def rolling_slots(budget: int, new: int, ratio: float) -> int:
+    """Return `rolling_room` for one row: however many tokens are new, they share the budget."""
     return max(budget, 2)

@@ -17,7 +17,7 @@ from torch import Tensor
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.policies.base import DecodeEviction, DecodeState, LayerState, Policy
 from pytest_kvguard.policies.budgets import keep_ratio, share, shares
-from pytest_kvguard.policies.evict import constant, constant_slots, room_for_next
+from pytest_kvguard.policies.evict import rolling_room, rolling_slots, room_for_next
 from pytest_kvguard.policies.observe import summed_attention
 from pytest_kvguard.policies.parameters import check_share, frozen
 from pytest_kvguard.policies.recency import favour_latest
@@ -32,7 +32,7 @@ def h2o(heavy: float = 0.5) -> Policy:
         return top_tokens(favour_latest(importance, n - share(n, heavy)), n, state)
 
     def candidates(state: DecodeState) -> Tensor:
-        room = constant(state.budget)
+        room = rolling_room(state.budget)
         recent = room - shares(room, heavy)
         # the next token will be one of the recent, and an old one leaves them
         return state.positions < (state.newest + 2 - recent)[:, None, None]
@@ -48,7 +48,7 @@ def h2o(heavy: float = 0.5) -> Policy:
             importance=_accumulated,
             candidates=candidates,
             allowed=lambda state: room_for_next(candidates(state), state),
-            slots=constant_slots,
+            slots=rolling_slots,
             accumulate=True,
         ),
     )

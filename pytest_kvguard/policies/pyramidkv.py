@@ -9,7 +9,8 @@ selection   the top positions of each key/value head; the window stays before an
 
 Differs from the paper: short prompts get a pyramid too, where the published code keeps them
 whole or gives every layer the same; layers are rounded down one by one, so that together they
-never exceed the mean; query heads that share a key/value head add up their votes.
+never exceed the mean; query heads that share a key/value head add up their votes; window and
+kernel are SnapKV's by default.
 """
 
 from pytest_kvguard.policies.base import Policy

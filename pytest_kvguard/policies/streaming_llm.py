@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pytest_kvguard.policies.base import DecodeEviction, DecodeState, LayerState, Policy
 from pytest_kvguard.policies.budgets import keep_ratio
-from pytest_kvguard.policies.evict import constant, constant_slots, room_for_next
+from pytest_kvguard.policies.evict import rolling_room, rolling_slots, room_for_next
 from pytest_kvguard.policies.parameters import check_choice, check_count, frozen
 from pytest_kvguard.policies.selectors import top_tokens
 
@@ -37,7 +37,9 @@ def streaming_llm(sinks: int = 4, positions: str = "original") -> Policy:
         return recency.expand(state.keys.shape[0], -1)
 
     def candidates(state: DecodeState) -> Tensor:
-        spared = (constant(state.budget) - 2).clamp(max=sinks)  # the newest and the next need two
+        spared = (rolling_room(state.budget) - 2).clamp(
+            max=sinks
+        )  # the newest and the next need two
         return state.positions >= spared[:, None, None]
 
     return Policy(
@@ -51,6 +53,6 @@ def streaming_llm(sinks: int = 4, positions: str = "original") -> Policy:
             importance=lambda state: state.positions.float(),
             candidates=candidates,
             allowed=lambda state: room_for_next(candidates(state), state),
-            slots=constant_slots,
+            slots=rolling_slots,
         ),
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pytest_kvguard.policies.base import DecodeEviction, DecodeState, LayerState, Policy
 from pytest_kvguard.policies.budgets import keep_ratio
-from pytest_kvguard.policies.evict import constant_slots, room_for_next
+from pytest_kvguard.policies.evict import rolling_slots, room_for_next
 from pytest_kvguard.policies.observe import window_attention
 from pytest_kvguard.policies.selectors import top_tokens
 
@@ -31,7 +31,7 @@ def tova() -> Policy:
             importance=_decode_importance,
             candidates=_anything,
             allowed=lambda state: room_for_next(_anything(state), state),
-            slots=constant_slots,
+            slots=rolling_slots,
         ),
     )
 

@@ -4,7 +4,7 @@ from math import floor, inf, nan
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pytest_kvguard.errors import InvalidArgument, Refused
@@ -34,6 +34,7 @@ def test_a_ratio_in_its_range_comes_back_as_a_float(value):
 
 
 @given(count=st.integers(0, 200_000), percent=PERCENT)
+@example(count=100, percent=53)  # in float32 this is 52.999996
 def test_a_share_is_the_whole_part_of_the_decimal_as_typed(count, percent):
     expected = floor(Fraction(percent, 100) * count)
     assert share(count, percent / 100) == expected
@@ -97,6 +98,11 @@ def layers_of(budget, length, layers, ratio, protected=()):
 def test_a_pyramid_follows_the_published_code_where_it_applies():
     # C = 48, W = 8: base 40, min 40 // 20 = 2, max 2 * 40 - 2 = 78, step (78 - 2) // 4 = 19
     assert layers_of(pyramid(20, 8), 200, 5, 0.24) == [86, 67, 48, 29, 10]
+
+
+def test_protected_positions_inside_the_window_are_held_once():
+    inside = layers_of(pyramid(20, 8), 200, 5, 0.24, protected=(192, 199))
+    assert inside == [86, 67, 48, 29, 10]
 
 
 def test_a_first_layer_that_would_exceed_the_prompt_gets_the_prompt():

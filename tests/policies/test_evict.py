@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.policies import get_policy
 from pytest_kvguard.policies.base import EMPTY, DecodeEviction, DecodeState
-from pytest_kvguard.policies.evict import constant_slots, victims
+from pytest_kvguard.policies.evict import rolling_slots, victims
 from tests.strategies import decode_states
 
 
@@ -17,7 +17,7 @@ def eviction(allowed, candidates=lambda state: torch.ones_like(state.held)):
         importance=lambda state: state.sums,
         candidates=candidates,
         allowed=lambda state: allowed,
-        slots=constant_slots,
+        slots=rolling_slots,
     )
 
 
@@ -90,6 +90,10 @@ def test_candidates_of_infinite_importance_can_go_but_free_slots_cannot():
     assert int(victims(eviction(torch.tensor([1])), state)) == 2
 
 
+# three heads look at slot 1 more, all four together at slot 2
+ONE_HEAD_DECIDES = torch.tensor([[[0, 0.6, 0.4], [0, 0.1, 0.9], [0, 0.6, 0.4], [0, 0.6, 0.4]]])
+
+
 class TestStreamingLLM:
     def test_the_oldest_token_that_is_no_sink_goes(self):
         policy = get_policy("streaming_llm(sinks=2)")
@@ -111,7 +115,7 @@ class TestTova:
         both = replace(
             state,
             positions=state.positions.expand(1, 2, -1),
-            weights=torch.tensor([[[0.0, 0.1, 0.9], [0.0, 0.8, 0.2]]]),  # means 0.45, 0.55
+            weights=ONE_HEAD_DECIDES,
         )
         assert victims(get_policy("tova").decode, both).tolist() == [[1, 1]]
 
@@ -167,6 +171,6 @@ class TestShotKV:
         two = replace(
             state,
             positions=state.positions.expand(1, 2, -1),
-            weights=torch.tensor([[[0.0, 0.4, 0.1], [0.0, 0.1, 0.9]]]),
+            weights=ONE_HEAD_DECIDES,
         )
         assert victims(get_policy("shotkv").decode, two).tolist() == [[1, 1]]

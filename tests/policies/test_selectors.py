@@ -61,7 +61,7 @@ class TestTopChunks:
         assert kept(top_chunks(2), [5, 5, 0, 0, 1, 1], 3, protected=(3,)) == [0, 1, 3]
 
     def test_keeps_the_earlier_of_equal_runs_though_their_sums_are_inexact(self):
-        assert kept(top_chunks(10), [0.1] * 27, 12) == list(range(12))
+        assert kept(top_chunks(10), [0.9] * 27, 12) == list(range(12))
 
     @pytest.mark.parametrize("length", [0, -1, 2.0, True])
     def test_refuses_a_length_that_is_no_count(self, length):
@@ -112,7 +112,7 @@ class TestWholeUnits:
 
     def test_keeps_the_earlier_of_equal_units_though_their_sums_are_inexact(self):
         units = ((range(0, 10),), (range(10, 17),), (range(17, 20),))
-        assert kept(whole_units(), [0.1] * 20, 10, units=units) == list(range(10))
+        assert kept(whole_units(), [0.9] * 20, 10, units=units) == list(range(10))
 
     def test_infinite_importances_do_not_cancel_out(self):
         units = ((range(0, 2),), (range(2, 4),))
