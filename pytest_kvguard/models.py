@@ -67,8 +67,12 @@ def load(name: str, *, device: str = "auto", dtype: str = "float32") -> Loaded:
                 f"cannot load model {name!r}: {first} (give a hub id that is reachable, a folder "
                 f"with config.json and weights, a .gguf file, or {SMOLLM2!r})"
             ) from problem
-    model = model.to(where).eval()
-    return Loaded(name, model, tokenizer, _eos(model, tokenizer))
+    return wrap(model.to(where), tokenizer, name=name)
+
+
+def wrap(model: PreTrainedModel, tokenizer: Any, *, name: str) -> Loaded:
+    """Make a model and tokenizer of your own usable, under the name reports will show."""
+    return Loaded(name, model.eval(), tokenizer, _eos(model, tokenizer))
 
 
 def _device(name: str) -> torch.device:

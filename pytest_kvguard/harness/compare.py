@@ -74,6 +74,15 @@ class Comparison:
         Raises Refused where there is a refusal, so that no assertion on it can hold.
         """
         self._must_be_comparable()
+        assert self.observed is not None  # what leaves it undefined is refused
+        return self.observed
+
+    @cached_property
+    def observed(self) -> float | None:
+        """The dP of a report: also that of runs that prove nothing; None where undefined."""
+        same = self.base.scores.keys() == self.kept.scores.keys()
+        if not same or not self.base.scores or self.base.mean == 0:
+            return None
         change = stats.relative_change(self._base, self._kept)
         return change if self.base.higher_is_better else -change
 

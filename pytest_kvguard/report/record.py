@@ -12,6 +12,7 @@ from pytest_kvguard.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from pytest_kvguard.harness.compare import Comparison
+    from pytest_kvguard.harness.records import Run
 
 SCHEMA = 1
 """Goes up when a field changes its meaning or goes away, not when one is added."""
@@ -22,6 +23,7 @@ class Cell(TypedDict):
 
     task: str
     policy: str
+    spec: str
     params: dict[str, Any]
     ratio: float
     protocol: str
@@ -45,20 +47,24 @@ class Cell(TypedDict):
     seconds: float
 
 
-def to_cell(comparison: "Comparison") -> Cell:
-    """Return the comparison as plain values that JSON can hold."""
+def to_cell(comparison: "Comparison", spec: str | None = None) -> Cell:
+    """Return the comparison as plain values that JSON can hold.
+
+    spec: the policy as it was asked for; its name when None.
+    """
     c, kept = comparison, comparison.kept
     low, high = (None, None) if c.refusal else c.interval
     cell = Cell(
         task=kept.task,
         policy=kept.policy,
+        spec=kept.policy if spec is None else spec,
         params=dict(kept.params),
         ratio=kept.ratio,
         protocol=kept.protocol,
         n=c.n,
         base=c.base.mean,
         kept=kept.mean,
-        dp=None if c.refusal else c.dp,
+        dp=c.observed,
         interval=[low, high],
         level=c.level,
         broke=list(c.broke),
@@ -76,6 +82,36 @@ def to_cell(comparison: "Comparison") -> Cell:
     )
     finite: Cell = _finite(cell)
     return finite
+
+
+def not_run(base: "Run", policy: str, spec: str, ratio: float, reason: str) -> Cell:
+    """Return a cell that was given up before it ran, for the reason that is given."""
+    return Cell(
+        task=base.task,
+        policy=policy,
+        spec=spec,
+        params={},
+        ratio=ratio,
+        protocol=base.protocol,
+        n=len(base.scores),
+        base=base.mean,
+        kept=None,
+        dp=None,
+        interval=[None, None],
+        level=0.90,
+        broke=[],
+        mended=[],
+        held=None,
+        bytes_full=base.bytes_full,
+        bytes_held=0,
+        verdict="refused",
+        reason=reason,
+        max_drop=0.0,
+        samples_needed=None,
+        fidelity=None,
+        counts=dataclasses.asdict(base.counts),
+        seconds=0.0,
+    )
 
 
 def write_report(

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Sequence
 
 from pytest_kvguard.report.record import Cell
-from pytest_kvguard.specs import Spec
 
 TEXT_COLUMNS = ("task", "policy")
 HEADER = (*TEXT_COLUMNS, "ratio", "held", "n", "base", "kept", "dP", "interval", "-/+", "verdict")
@@ -18,7 +17,7 @@ def row(cell: Cell) -> tuple[str, ...]:
     low, high = cell["interval"]
     return (
         cell["task"] if cell["protocol"] == "prompt" else f"{cell['task']} ({cell['protocol']})",
-        str(Spec(cell["policy"], cell["params"])),
+        cell["spec"],
         f"{cell['ratio']:g}",
         f"{cell['held']['mean']:.0%}" if cell["held"] else "?",
         str(cell["n"]),
@@ -46,10 +45,8 @@ def reasons(cells: Sequence[Cell]) -> Iterator[str]:
     for verdict in reversed(ORDER):
         for cell in _with(verdict, cells):
             if cell["reason"]:
-                policy = Spec(cell["policy"], cell["params"])
-                yield (
-                    f"{cell['task']} {policy}@{cell['ratio']:g}: {shown(verdict)}: {cell['reason']}"
-                )
+                where = f"{cell['task']} {cell['spec']}@{cell['ratio']:g}"
+                yield f"{where}: {shown(verdict)}: {cell['reason']}"
 
 
 def legend(cells: Sequence[Cell]) -> str:

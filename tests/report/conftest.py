@@ -3,7 +3,8 @@ import pytest
 CELL = {
     "task": "retrieval",
     "policy": "snapkv",
-    "params": {},
+    "spec": "snapkv",
+    "params": {"window": 32},
     "ratio": 0.25,
     "protocol": "prompt",
     "n": 50,
@@ -29,6 +30,7 @@ CELL = {
 FAILED = CELL | {
     "task": "long_generation",
     "policy": "streaming_llm",
+    "spec": "streaming_llm",
     "kept": 0.4,
     "dp": -0.5833,
     "interval": [-0.6931, -0.4652],
@@ -40,7 +42,7 @@ FAILED = CELL | {
 INCONCLUSIVE = CELL | {
     "task": "world_knowledge",
     "protocol": "context",
-    "params": {"window": 16, "kernel": 5},
+    "spec": "snapkv(window=16, kernel=5)",
     "ratio": 0.5,
     "verdict": "inconclusive",
     "reason": "n = 50 cannot decide",

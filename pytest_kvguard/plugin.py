@@ -1,0 +1,230 @@
+"""The pytest plugin: options, marker, fixtures and the summary. Decides nothing itself."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_kvguard import marker, options
+from pytest_kvguard.errors import KVGuardError
+from pytest_kvguard.report import summary
+from pytest_kvguard.report.progress import reporter
+from pytest_kvguard.report.table import table
+from pytest_kvguard.session import CellName, Session
+from pytest_kvguard.specs import parse
+
+if TYPE_CHECKING:
+    from pytest_kvguard.harness.cache import CompressedCache
+    from pytest_kvguard.harness.compare import Comparison
+    from pytest_kvguard.models import Loaded
+
+SESSION = pytest.StashKey[Session]()
+PROBLEMS = pytest.StashKey[list[str]]()
+REGISTERED = pytest.StashKey[bool]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the options."""
+    options.add(parser)
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Declare our own hooks."""
+    from pytest_kvguard import hookspecs
+
+    pluginmanager.add_hookspecs(hookspecs)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Read the settings; bad ones end the run before anything is collected."""
+    config.addinivalue_line("markers", marker.SIGNATURE)
+    config.stash[SESSION] = Session(options.settings(config))
+    config.stash[PROBLEMS] = []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make one test item for each policy and ratio of a marked test."""
+    mark = metafunc.definition.get_closest_marker(marker.NAME)
+    asks = "kv_cell" in metafunc.fixturenames
+    if mark is None and not asks:
+        return
+    session = metafunc.config.stash[SESSION]
+    cells: list[CellName] = []
+    try:
+        cells = _cells(metafunc, mark, session)
+    except KVGuardError as problem:
+        _note(metafunc, problem)
+    if asks:
+        metafunc.parametrize("kv_cell", cells, indirect=True, ids=str, scope="function")
+
+
+def _cells(metafunc: pytest.Metafunc, mark: pytest.Mark | None, session: Session) -> list[CellName]:
+    if mark is None:
+        raise KVGuardError(f"asks for kv_cell or kv_result but has no @{marker.SIGNATURE}")
+    if "kv_cell" not in metafunc.fixturenames:
+        raise KVGuardError(
+            f"is marked {marker.NAME} but asks for neither kv_result nor kv_cell, so it would "
+            f"measure nothing; add kv_result to its arguments"
+        )
+    plan = marker.plan(mark, session.settings)
+    _register(metafunc.config)
+    session.check(plan)
+    return [CellName(policy, ratio) for policy in plan.policies for ratio in plan.ratios]
+
+
+def _register(config: pytest.Config) -> None:
+    """Take in what other packages add, once."""
+    from pytest_kvguard.policies import register_policy
+    from pytest_kvguard.tasks import register_task
+
+    if config.stash.get(REGISTERED, False):
+        return
+    config.stash[REGISTERED] = True
+    for policies in config.hook.pytest_kvguard_policies():
+        for name, policy in policies.items():
+            register_policy(name, policy)
+    for tasks in config.hook.pytest_kvguard_tasks():
+        for name, task in tasks.items():
+            register_task(name, task)
+
+
+def _note(metafunc: pytest.Metafunc, problem: KVGuardError) -> None:
+    """Report a marker that cannot be used: once for the run, or under xdist for its file."""
+    config = metafunc.config
+    if hasattr(config, "workerinput"):  # an error that ends a worker would hide its message
+        raise pytest.Collector.CollectError(f"{metafunc.definition.nodeid}: {problem}")
+    config.stash[PROBLEMS].append(f"{metafunc.definition.nodeid}: {problem}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config) -> None:
+    """End the run on markers that cannot be used, before anything is measured."""
+    if problems := config.stash[PROBLEMS]:
+        rest = f" (and {len(problems) - 1} more tests)" if problems[1:] else ""
+        raise pytest.UsageError(problems[0] + rest)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Note which cells the selected tests want: those of a task are run together."""
+    ours = session.config.stash[SESSION]
+    for item in session.items:
+        mark = item.get_closest_marker(marker.NAME)
+        callspec = getattr(item, "callspec", None)
+        if mark is not None and callspec is not None and "kv_cell" in callspec.params:
+            ours.ask(marker.plan(mark, ours.settings), callspec.params["kv_cell"])
+
+
+@pytest.fixture(scope="session")
+def kv_model(request: pytest.FixtureRequest) -> "Loaded":
+    """The model under test, as ``--kv-model`` names it; override it to bring your own.
+
+    An override returns ``pytest_kvguard.models.wrap(model, tokenizer, name="mine")``.
+    """
+    with _plainly():
+        return request.config.stash[SESSION].load()
+
+
+@pytest.fixture
+def kv_cell(request: pytest.FixtureRequest) -> CellName:
+    """The policy and keep ratio of this test item."""
+    cell: CellName = request.param
+    return cell
+
+
+@pytest.fixture
+def kv_result(
+    request: pytest.FixtureRequest, kv_model: "Loaded", kv_cell: CellName
+) -> "Comparison":
+    """What compression did to the marked task, as a Comparison; skips what the model cannot do."""
+    mark = request.node.get_closest_marker(marker.NAME)
+    session = request.config.stash[SESSION]
+    return _measure(request, kv_model, marker.plan(mark, session.settings), kv_cell)
+
+
+@pytest.fixture
+def kvguard(request: pytest.FixtureRequest, kv_model: "Loaded") -> "Callable[..., Comparison]":
+    """Compare any task under any policy: ``kvguard("retrieval", policy="snapkv", ratio=0.5)``.
+
+    Takes a task's name or a Task, and like the marker ``max_drop`` and ``limit``.
+    """
+
+    def compare(task: Any, *, policy: str, ratio: float, **asked: Any) -> "Comparison":
+        mark = marker.kv_sensitivity(task, policies=policy, ratios=ratio, **asked).mark
+        session = request.config.stash[SESSION]
+        _register(request.config)
+        plan = marker.plan(mark, session.settings)
+        return _measure(request, kv_model, plan, CellName(parse(policy), ratio))
+
+    return compare
+
+
+@pytest.fixture
+def kv_cache(
+    request: pytest.FixtureRequest, kv_model: "Loaded"
+) -> "Callable[..., CompressedCache]":
+    """Compress a text's cache where the model is: ``kv_cache(text, policy="h2o", ratio=0.5)``.
+
+    On the GPU when there is one. Returns a CompressedCache, which says what is held and answers.
+    """
+    from pytest_kvguard.harness.cache import compress_text
+    from pytest_kvguard.policies import get_policy
+
+    _register(request.config)
+
+    def compress(text: str, *, policy: str, ratio: float) -> "CompressedCache":
+        return compress_text(kv_model, text, get_policy(policy), options.keep_ratio(str(ratio)))
+
+    return compress
+
+
+def _measure(
+    request: pytest.FixtureRequest, loaded: "Loaded", plan: marker.Plan, cell: CellName
+) -> "Comparison":
+    """Measure a cell and put it on record; the record travels with the test's report."""
+    session = request.config.stash[SESSION]
+    with _plainly():
+        found = session.measure(loaded, plan, cell, reporter(request.config))
+    request.node.user_properties.append((summary.PROPERTY, summary.packed(loaded.name, found.cell)))
+    if found.weakness is not None:
+        pytest.skip(found.weakness)
+    assert found.comparison is not None  # only a weak model leaves none
+    return found.comparison
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Let what went wrong on purpose fail a test in one line, without our traceback."""
+    try:
+        yield
+    except KVGuardError as problem:
+        pytest.fail(f"{type(problem).__name__}: {problem}", pytrace=False)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show every cell that was measured, and write the report file."""
+    reports = (report for found in terminalreporter.stats.values() for report in found)
+    measured = summary.collect(reports)
+    for model, cells in summary.by_model(measured).items():
+        terminalreporter.section(f"KV-cache sensitivity of {model}")
+        width, color = terminalreporter._tw.fullwidth, terminalreporter._tw.hasmarkup
+        for line in table(cells, width=width, color=color):
+            terminalreporter.write_line(line)
+    if not measured:
+        return
+    summary.append_job_summary(measured)
+    if path := terminalreporter.config.stash[SESSION].settings.report:
+        summary.write(path, measured)
+        terminalreporter.write_line(f"report written to {path}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the cells of a test on one worker, so that they share their prefills.
+
+    Only in runs that name one of our options: how other runs are spread is not our business.
+    """
+    if config.getoption("dist") != "load" or not options.any_given(config):
+        return None
+    from pytest_kvguard.scheduling import CellScheduling
+
+    return CellScheduling(config, log)

@@ -1,0 +1,149 @@
+"""What one pytest session measures: tests ask for cells, a task's cells are run together."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.marker import Plan
+from pytest_kvguard.options import Settings
+from pytest_kvguard.report.record import Cell, not_run, to_cell
+from pytest_kvguard.specs import Spec
+
+if TYPE_CHECKING:  # importing these costs seconds, which sessions without a kv test must not pay
+    from pytest_kvguard.harness.compare import Comparison
+    from pytest_kvguard.harness.measure import Bench, Measured
+    from pytest_kvguard.models import Loaded
+    from pytest_kvguard.tasks.base import Task
+
+Progress = Callable[[str], Callable[[int, int], None]]
+"""Title of a long piece of work -> who hears how much is done, of how much."""
+
+
+@dataclass(frozen=True)
+class CellName:
+    """A policy at a ratio, as asked for."""
+
+    policy: Spec
+    ratio: float
+
+    def __str__(self) -> str:
+        return f"{self.policy}-{self.ratio:g}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A cell as a test gets it: a comparison, or the reason why there is none to judge."""
+
+    comparison: "Comparison | None"
+    cell: Cell  # for the report
+    weakness: str | None  # the model cannot do the task: skip
+
+
+@dataclass
+class Session:
+    """Keeps what was measured, so that nothing is measured twice."""
+
+    settings: Settings
+    asked: dict[tuple[str, int | None], list[CellName]] = field(default_factory=dict)
+    _tasks: dict[str, "Task"] = field(default_factory=dict)
+    _benches: dict[int, "Bench"] = field(default_factory=dict)
+    _measured: dict[tuple[Any, ...], dict[CellName, "Measured"]] = field(default_factory=dict)
+
+    def load(self) -> "Loaded":
+        """Load the model the settings name; under xdist, workers share the cores."""
+        import torch
+
+        from pytest_kvguard.models import load
+
+        if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) - 1:
+            torch.set_num_threads(max(1, torch.get_num_threads() // (workers + 1)))
+        chosen = self.settings
+        return load(chosen.model, device=chosen.device, dtype=chosen.dtype)
+
+    def task(self, asked: Any) -> "Task":
+        """Make the task a marker names, once."""
+        from pytest_kvguard.tasks import get_task
+        from pytest_kvguard.tasks.base import Task
+
+        if isinstance(asked, Task):
+            self._tasks.setdefault(_key(asked), asked)
+        elif not isinstance(asked, Spec):
+            raise InvalidArgument(f"a task is a name or a Task, got {asked!r}")
+        elif _key(asked) not in self._tasks:
+            self._tasks[_key(asked)] = get_task(asked)
+        return self._tasks[_key(asked)]
+
+    def check(self, plan: Plan) -> None:
+        """Raise, before anything is run, for a task or policy nobody knows."""
+        from pytest_kvguard.policies import get_policy
+
+        self.task(plan.task)
+        for policy in plan.policies:
+            get_policy(policy)
+
+    def ask(self, plan: Plan, cell: CellName) -> None:
+        """Note that a selected test wants a cell, so that it is run with its siblings."""
+        cells = self.asked.setdefault((_key(plan.task), plan.limit), [])
+        if cell not in cells:
+            cells.append(cell)
+
+    def measure(
+        self, loaded: "Loaded", plan: Plan, cell: CellName, progress: Progress
+    ) -> Measurement:
+        """Return a cell, running it and all its siblings that were asked for if need be."""
+        from pytest_kvguard.harness.compare import Comparison
+
+        task = self.task(plan.task)
+        done = self._measured.setdefault((id(loaded), _key(plan.task), plan.limit), {})
+        if cell not in done:
+            siblings = self.asked.get((_key(plan.task), plan.limit), [])
+            wanted = siblings if cell in siblings else [cell]
+            fresh = [name for name in wanted if name not in done]
+            done.update(self._run(loaded, task, plan, fresh, progress))
+        found = done[cell]
+        spec, base = str(cell.policy), found.baseline
+        if found.given_up is not None:
+            record = not_run(base, cell.policy.name, spec, cell.ratio, found.given_up)
+            return Measurement(None, record, found.given_up)
+        comparison = Comparison(base, found.runs[0], plan.max_drop, mode=self.settings.mode)
+        return Measurement(comparison, to_cell(comparison, spec), comparison.weakness)
+
+    def _run(
+        self,
+        loaded: "Loaded",
+        task: "Task",
+        plan: Plan,
+        names: list[CellName],
+        progress: Progress,
+    ) -> dict[CellName, "Measured"]:
+        from dataclasses import replace
+
+        from pytest_kvguard.harness.measure import Bench
+        from pytest_kvguard.kv import grid
+        from pytest_kvguard.policies import get_policy
+
+        bench = self._benches.get(id(loaded))
+        if bench is None:
+            bench = self._benches[id(loaded)] = Bench(loaded, memory=self.settings.memory)
+        policies = {str(name.policy): get_policy(name.policy) for name in names}
+        cells = [grid.Cell(policies[str(name.policy)], name.ratio) for name in names]
+        measured = bench.measure(
+            task,
+            cells,
+            limit=plan.limit,
+            protocol=self.settings.protocol,
+            protect=self.settings.protect,
+            progress=progress(f"{task.name}: {len(cells)} cells"),
+        )
+        if measured.given_up is not None:
+            return dict.fromkeys(names, measured)
+        return {
+            name: replace(measured, runs=(run,))
+            for name, run in zip(names, measured.runs, strict=True)
+        }
+
+
+def _key(task: Any) -> str:
+    return str(task) if isinstance(task, Spec) else f"{task.name} at {id(task)}"
