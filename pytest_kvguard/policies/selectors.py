@@ -63,21 +63,23 @@ def whole_units(rule: str = "skip") -> Selector:
                 "this prompt has no units to keep whole: its task marks none; "
                 "use a policy that keeps tokens, such as snapkv, h2o or streaming_llm"
             )
-        kept = must_stay(state).cpu()
-        room = n - int(kept.sum())
+        kept = set(must_stay(state).nonzero().flatten().tolist())
+        room = n - len(kept)
         for index in _best_units_first(_exact(importance).sum(dim=0), state):
-            added = [at for at in positions_of(state.units[index]) if not kept[at]]
+            added = set(positions_of(state.units[index])) - kept
             if len(added) <= room:
-                kept[added] = True
+                kept |= added
                 room -= len(added)
             elif rule == "stop":
                 break
-        if not kept.any():
+        if not kept:
             raise Refused(
                 f"none of the {len(state.units)} units fits into {n} of {state.length} positions, "
                 "and nothing else would stay; raise the keep ratio"
             )
-        return kept.to(importance.device).expand_as(importance)
+        mask = torch.zeros(state.length, dtype=torch.bool)
+        mask[list(kept)] = True
+        return mask.to(importance.device).expand_as(importance)
 
     return select
 
