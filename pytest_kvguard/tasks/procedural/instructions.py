@@ -29,7 +29,7 @@ class Rule:
     sentence: str
 
 
-def instructions(*, n: int = 100, rules: int = 3, people: int = 8, seed: int = 0) -> Task:
+def instructions(*, n: int = 100, rules: int = 3, people: int = 12, seed: int = 0) -> Task:
     """Return ``n`` questions under ``rules`` (2..4) rules about ``people`` (1..24) people."""
     check_between("rules", rules, 2, 4)
     check_between("people", people, 1, 24)
@@ -70,7 +70,7 @@ def draw_items(rng: Random) -> tuple[str, ...]:
 
 
 def draw_rules(rng: Random, count: int, items: tuple[str, ...]) -> tuple[Rule, ...]:
-    """Draw ``count`` rules of different kinds; what is never to be mentioned is one of the items."""
+    """Draw ``count`` rules of different kinds; what is never mentioned is one of the items."""
     begin, end, never = rng.choice(OPENINGS), rng.choice(ENDINGS), rng.choice(items)
     rules = (
         Rule("begin", begin, f"Begin with the word {begin}."),
@@ -96,12 +96,12 @@ def system_parts(rules: tuple[Rule, ...]) -> list[Part]:
 
 
 def belongings(name: str, items: tuple[str, ...]) -> str:
-    """Return the line ``Ana has these: lamp, rope, coin.``"""
+    """Return the line ``Ana has these: lamp, rope, coin.``."""
     return f"{name} has these: {', '.join(items)}.\n"
 
 
 def question(name: str) -> str:
-    """Return ``What does Ana have?``"""
+    """Return ``What does Ana have?``."""
     return f"What does {name} have?"
 
 

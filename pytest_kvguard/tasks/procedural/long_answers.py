@@ -14,7 +14,13 @@ from pytest_kvguard.tasks.procedural.exercises import (
     draw_samples,
     exercise,
 )
-from pytest_kvguard.tasks.procedural.word_problems import Clause, draw_clauses, shot_part, worked
+from pytest_kvguard.tasks.procedural.word_problems import (
+    Clause,
+    draw_clauses,
+    shot_part,
+    stated_answers,
+    worked,
+)
 
 
 def long_answers(*, n: int = 100, questions: int = 8, shots: int = 12, seed: int = 0) -> Task:
@@ -57,21 +63,9 @@ def answer_list(clauses: list[Clause]) -> str:
 
 
 def share_of_right_answers(completion: str, sample: Sample) -> float:
-    """Return the share of questions answered rightly under their own number.
-
-    A number answered twice is wrong, whatever it says.
-    """
-    answers: dict[int, list[str]] = {}
+    """Return the share of questions answered rightly, once, in a line with their own number."""
+    stated: dict[int, list[str]] = {}
     for number, line in re.findall(r"^\s*(\d+)[.)](.*)$", completion, flags=re.MULTILINE):
-        answers.setdefault(int(number), []).append(line)
-    right = sum(
-        [_stated(line) for line in answers.get(i, [])] == [target]
-        for i, target in enumerate(sample.target, start=1)
-    )
+        stated.setdefault(int(number), []).extend(stated_answers(line))
+    right = sum(stated.get(i) == [target] for i, target in enumerate(sample.target, start=1))
     return right / len(sample.target)
-
-
-def _stated(line: str) -> str | None:
-    """Return the last number of a line, which is where an answer states its result."""
-    numbers = re.findall(r"\d+", line)
-    return numbers[-1] if numbers else None

@@ -26,12 +26,12 @@ VALUES = range(10, 100)
 
 
 def retrieval_facts(*, n: int = 100, sentences: int = 40, facts: int = 4, seed: int = 0) -> Task:
-    """Return ``n`` documents of ``sentences`` (facts..100) sentences, ``facts`` (1..16) of them.
+    """Return ``n`` documents of ``sentences`` (facts..120) sentences, ``facts`` (1..16) of them.
 
-    A filler sentence is about ten words long, so that 90 sentences fill about 1,000 tokens.
+    A filler sentence has eight words and a full stop: 110 sentences are about 1,000 tokens.
     """
     check_between("facts", facts, 1, 16)
-    check_between("sentences", sentences, facts, 100)
+    check_between("sentences", sentences, facts, 120)
     return Task(
         name="retrieval_facts",
         ability="retrieval",
@@ -69,17 +69,17 @@ def document_parts(rng: Random, facts: list[str], sentences: int) -> list[Part]:
 
 
 def fact(name: str, thing: str, value: int) -> str:
-    """Return ``The code of Ana is 47.``"""
+    """Return ``The code of Ana is 47.``."""
     return f"The {thing} of {name} is {value}."
 
 
 def question(name: str, thing: str) -> str:
-    """Return ``What is the code of Ana?``"""
+    """Return ``What is the code of Ana?``."""
     return f"What is the {thing} of {name}?"
 
 
 def filler(rng: Random) -> str:
-    """Draw a sentence that holds no fact: ``The old bridge rests near the quiet river.``"""
+    """Draw a sentence that holds no fact: ``The old bridge rests near the quiet river.``."""
     first, second = rng.sample(PLACES, 2)
     old, quiet = rng.sample(ADJECTIVES, 2)
     middle = f"{rng.choice(MOVES)} {rng.choice(PREPOSITIONS)}"

@@ -43,7 +43,7 @@ class Clause:
 
     @property
     def definition(self) -> str:
-        """What a shot says: ``A crate holds 6 apples.``"""
+        """What a shot says: ``A crate holds 6 apples.``."""
         return f"A {self.container} holds {self.holds} {self.goods}."
 
     @property
@@ -65,7 +65,7 @@ def word_problems(*, n: int = 100, steps: int = 2, shots: int = 8, seed: int = 0
         name="word_problems",
         ability="reasoning",
         samples=draw_samples(lambda rng: draw_problem(rng, steps, shots), n, seed),
-        scorer=last_answer_is_right,
+        scorer=stated_answer_is_right,
         max_new_tokens=60 + 60 * steps,
         stop=(STOP,),
         chat=False,
@@ -113,7 +113,7 @@ def shot_part(index: int, clause: Clause) -> Part:
 
 
 def question(clauses: list[Clause]) -> str:
-    """Return ``How many apples are in 2 crates, 3 boxes and 4 bags?``"""
+    """Return ``How many apples are in 2 crates, 3 boxes and 4 bags?``."""
     *others, last = [clause.amount for clause in clauses]
     amounts = f"{', '.join(others)} and {last}" if others else last
     return f"How many {clauses[0].goods} are in {amounts}?"
@@ -134,21 +134,23 @@ def worked(clauses: list[Clause]) -> str:
     return f"{' '.join(lines)} The answer is {total}."
 
 
-def last_answer_is_right(completion: str, sample: Sample) -> float:
-    """Mark 1 if the first ``answer is N`` (or, without one, the last number) is the target."""
-    stated = re.search(r"answer is\D{0,3}(\d+)", completion)
-    numbers = [stated[1]] if stated else re.findall(r"\d+", completion)[-1:]
-    return float(numbers == list(sample.target))
+def stated_answer_is_right(completion: str, sample: Sample) -> float:
+    """Mark 1 if the first ``answer is N`` is the target; an answer not stated is wrong."""
+    return float(stated_answers(completion)[:1] == list(sample.target))
 
 
-@cache
-def _askable(container: str, goods: str, split: Split) -> list[Clause]:
+def stated_answers(text: str) -> list[str]:
+    """Return every number that the text states as an answer."""
+    return re.findall(r"answer is (\d+)", text)
+
+
+@cache  # the same 1,600 lists are drawn from over and over
+def _askable(container: str, goods: str, split: Split) -> tuple[Clause, ...]:
     """Return the clauses of this container that belong to ``split`` and that a shot can define."""
     every = (Clause(count, container, holds, goods) for holds in HOLDS for count in COUNTS)
-    return [clause for clause in every if clause.split == split and _other_counts(clause)]
+    return tuple(clause for clause in every if clause.split == split and _other_counts(clause))
 
 
-@cache
 def _other_counts(clause: Clause) -> list[Clause]:
     others = (replace(clause, count=count) for count in COUNTS if count != clause.count)
     return [other for other in others if other.split == "train"]

@@ -1,50 +1,55 @@
 """The closed inventories that the procedural tasks draw from; nothing else is ever named."""
 
-NAMES = tuple(
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words(
     "Ana Ben Carla David Emma Felix Grace Hugo Ines Jonas Karin Leo Maria Noah Olga Peter Quinn "
     "Rosa Simon Tina Ulla Victor Wanda Xenia Yusuf Zoe Arthur Bella Carlos Diana Erik Fiona "
-    "George Hanna Ivan Julia Kevin Laura Martin Nina".split()
+    "George Hanna Ivan Julia Kevin Laura Martin Nina"
 )
 
 CONTAINERS = {  # singular to plural; no vowel in front, so that the article is always "a"
     one: one + ("es" if one.endswith(("x", "ch")) else "s")
-    for one in (
+    for one in _words(
         "crate box basket bag jar tray cart drawer barrel bucket bowl pot sack chest carton "
         "packet pouch case bin tin trunk locker cup rack wagon van truck boat pan "
         "tub vase purse wallet folder kettle hamper parcel pocket bench"
-    ).split()
+    )
 }
 
-GOODS = tuple(
+GOODS = _words(
     "apples pears plums lemons cherries melons onions carrots potatoes tomatoes coins stamps "
-    "pencils buttons candles marbles shells stones books cards".split()
+    "pencils buttons candles marbles shells stones books cards"
 )
 
-THINGS = tuple("code number room locker seat age score ticket table level".split())
+THINGS = _words("code number room locker seat age score ticket table level")
 
-ADJECTIVES = tuple(
+ADJECTIVES = _words(
     "quiet old green narrow bright cold gentle heavy small wide grey soft dusty tall pale "
-    "golden slow round deep silver".split()
+    "golden slow round deep silver"
 )
 
-PLACES = tuple(
+PLACES = _words(
     "river hill garden road forest bridge tower field lake village harbour valley meadow "
-    "station market castle island window kitchen roof".split()
+    "station market castle island window kitchen roof"
 )
 
-MOVES = tuple("lies stands rests waits shines turns sleeps grows fades rises".split())
+MOVES = _words("lies stands rests waits shines turns sleeps grows fades rises")
 
-PREPOSITIONS = tuple("near behind above below beside under".split())
+PREPOSITIONS = _words("near behind above below beside under")
 
-ITEMS = tuple(
+ITEMS = _words(
     "lamp rope coin map knife brush spoon clock flute drum scarf glove kite ladder mirror "
     "needle pillow ring shovel torch umbrella violin whistle blanket candle hammer bottle key "
-    "ball hat".split()
+    "ball hat"
 )
 
-OPENINGS = tuple("hello answer listen today friend".split())
+OPENINGS = _words("hello answer listen today friend")
 
-ENDINGS = tuple("amber thanks done over goodbye".split())
+ENDINGS = _words("amber thanks done over goodbye")
 
 CAPITALS = {
     "France": "Paris",
