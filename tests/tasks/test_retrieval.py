@@ -68,10 +68,14 @@ def test_every_key_that_is_asked_for_is_hidden_with_all_its_values(
 
 
 @pytest.mark.parametrize("kind", ["noise", "prose"])
-def test_a_context_is_as_long_as_asked_or_one_sentence_shorter(kind):
-    for sample in retrieval(length=400, filler=kind).samples:
-        words = sum(len(part.text.split()) for part in sample.parts if part.kind != "question")
-        assert 400 - 40 < words <= 400
+def test_a_context_is_as_long_as_asked_or_less_than_a_sentence_shorter(kind):
+    longest = max(len(sentence.split()) for sentence in (NOISE if kind == "noise" else prose()))
+    lengths = {
+        sum(len(part.text.split()) for part in sample.parts if part.kind != "question")
+        for sample in retrieval(length=403, filler=kind, questions_per_context=1).samples
+    }
+    assert 403 - longest < min(lengths)
+    assert max(lengths) == 403
 
 
 def test_every_sentence_is_a_unit_and_the_question_is_none():

@@ -154,6 +154,11 @@ def test_answers_keep_their_sign_and_all_their_digits():
     assert answers_by_number(text) == {1: Fraction(-2469, 2), 2: Fraction(18)}
 
 
+def test_what_follows_the_answer_is_no_answer():
+    text = "Answer_1: The answer is 4, no: the answer is 5 of the 6 eggs."
+    assert answers_by_number(text) == {1: Fraction(5)}
+
+
 def test_a_mention_of_an_answer_is_no_answer():
     text = "Answer_1: The answer is 5. Answer_2: Twice Answer_1 is 10. The answer is 10."
     assert answers_by_number(text) == {1: Fraction(5), 2: Fraction(10)}

@@ -111,6 +111,11 @@ def test_white_space_trimmed_to_nothing_still_belongs_where_it_stands(texts):
     assert token_spans(prompt.spans, trimmed.offsets) == token_spans(prompt.spans, whole.offsets)
 
 
+def test_an_added_token_does_not_move_the_white_space_after_it():
+    prompt = rendered(("shot", "abc", "1"), ("shot", " ", "2"), ("question", "d"))
+    assert token_spans(prompt.spans, [(0, 3), (0, 0), (4, 4), (4, 5)]) == (0, ADDED, 1, 2)
+
+
 def test_the_context_ends_where_the_first_question_begins():
     prompt = rendered(("shot", "a b", "1"), ("question", " c"), ("shot", " d"), ("question", " e"))
     assert context_length(prompt.spans, token_spans(prompt.spans, words(prompt.text))) == 2
