@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -52,12 +53,11 @@ def unique_ids(rows: Sequence[Row], prefix: str) -> list[str]:
 
     Raises InvalidArgument for an id that comes twice.
     """
-    ids: list[str] = []
-    for number, row in enumerate(rows):
-        ids.append(str(row.values.get("id", f"{prefix}-{number:05d}")))
+    ids = [str(row.values.get("id", f"{prefix}-{at:05d}")) for at, row in enumerate(rows)]
+    times = Counter(ids)
     for row, name in zip(rows, ids, strict=True):
-        if ids.count(name) > 1:
-            raise row.wrong("id", f"must be unique, and {name!r} comes {ids.count(name)} times")
+        if times[name] > 1:
+            raise row.wrong("id", f"must be unique, and {name!r} comes {times[name]} times")
     return ids
 
 

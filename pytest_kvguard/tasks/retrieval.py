@@ -70,7 +70,7 @@ def retrieval(
     Every sentence is a unit. The mark is the share of the key's numbers found.
     Raises InvalidArgument for numbers out of range and for a length that cannot hold the needles.
     """
-    params: dict[str, object] = dict(locals())
+    params: dict[str, object] = dict(locals())  # nothing but the parameters is local yet
     check_count("length", length, 1, 1_000_000)
     check_count("needles", needles, 1, len(ADJECTIVES.split()))
     check_count("values", values, 1, 100)
