@@ -120,8 +120,8 @@ def test_every_step_of_a_worked_answer_is_true_and_from_a_shot(name):
         for left, sign, right, result in re.findall(r"(\d+) ([*+]) (\d+) = (\d+)", drawn.answer):
             a, b = int(left), int(right)
             assert int(result) == (a * b if sign == "*" else a + b)
-        for definition in re.findall(r"A \w+ holds \d+ \w+\.", drawn.answer):
-            assert f"Q: {definition}" in drawn.sample.text
+        for definition in re.findall(r"a (\w+ holds \d+ \w+\.)", drawn.answer):
+            assert f"Q: A {definition}" in drawn.sample.text
 
 
 @pytest.mark.parametrize("name", PROCEDURAL)

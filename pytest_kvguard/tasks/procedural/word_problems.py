@@ -92,7 +92,7 @@ def draw_clauses(
 ) -> tuple[list[Clause], list[Clause]]:
     """Draw what is asked, all of it of ``split``, and the shots that define it, all of ``train``.
 
-    A shot never asks for the count that the question asks for.
+    So no shot of a test problem asks for the count that its question asks for.
     """
     goods = rng.choice(GOODS)
     containers = rng.sample(sorted(CONTAINERS), len(CONTAINERS))
@@ -100,7 +100,7 @@ def draw_clauses(
     wanted = [rng.choice(options) for options in islice(filter(None, askable), asked)]
     named = {clause.container for clause in wanted}
     others = [one for one in containers if one not in named][: defined - asked]
-    shots = [rng.choice(_other_counts(clause)) for clause in wanted]
+    shots = [rng.choice(_as_shots(clause)) for clause in wanted]
     shots += [rng.choice(_askable(one, goods, "train")) for one in others]
     rng.shuffle(shots)
     return wanted, shots
@@ -124,12 +124,12 @@ def worked(clauses: list[Clause]) -> str:
     lines = []
     totals = accumulate(clause.product for clause in clauses)
     for i, (clause, total) in enumerate(zip(clauses, totals, strict=True)):
-        step = f"{clause.definition} {clause.count} * {clause.holds} = {clause.product}"
+        step = f"{clause.amount}: a {clause.container} holds {clause.holds} {clause.goods}. "
+        step += f"{clause.count} * {clause.holds} = {clause.product}"
         if i == 0:
             lines.append(f"{step} {clause.goods} in {clause.amount}.")
         else:
-            before = total - clause.product
-            sum_up = f"{before} + {clause.product} = {total}"
+            sum_up = f"{total - clause.product} + {clause.product} = {total}"
             lines.append(f"{step}. {sum_up} {clause.goods} with {clause.amount}.")
     return f"{' '.join(lines)} The answer is {total}."
 
@@ -144,13 +144,14 @@ def stated_answers(text: str) -> list[str]:
     return re.findall(r"answer is (\d+)", text)
 
 
-@cache  # the same 1,600 lists are drawn from over and over
+@cache  # the same 1,600 tuples are drawn from over and over
 def _askable(container: str, goods: str, split: Split) -> tuple[Clause, ...]:
     """Return the clauses of this container that belong to ``split`` and that a shot can define."""
     every = (Clause(count, container, holds, goods) for holds in HOLDS for count in COUNTS)
-    return tuple(clause for clause in every if clause.split == split and _other_counts(clause))
+    return tuple(clause for clause in every if clause.split == split and _as_shots(clause))
 
 
-def _other_counts(clause: Clause) -> list[Clause]:
-    others = (replace(clause, count=count) for count in COUNTS if count != clause.count)
-    return [other for other in others if other.split == "train"]
+def _as_shots(clause: Clause) -> list[Clause]:
+    """Return the clauses that define the same and belong to ``train``."""
+    every = (replace(clause, count=count) for count in COUNTS)
+    return [clause for clause in every if clause.split == "train"]
