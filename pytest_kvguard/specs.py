@@ -18,6 +18,9 @@ class Spec:
     name: str
     params: Mapping[str, Any] = field(default_factory=dict)
 
+    def __hash__(self) -> int:
+        return hash(str(self))
+
     def __str__(self) -> str:
         if not self.params:
             return self.name

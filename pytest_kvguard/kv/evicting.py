@@ -100,7 +100,9 @@ class EvictingLayer:
         decoding = self.decoding
         if self.sums is not None:
             by_head = attention.unflatten(1, (self.keys.shape[1], -1)).sum(dim=2)
-            counted = (newest >= decoding.fresh)[:, None, None]
+            # What a token fed again pays to the others was summed at prefill; to itself, not.
+            own = self.positions == newest[:, None, None]
+            counted = own | (newest >= decoding.fresh)[:, None, None]
             self.sums += torch.where(counted, by_head, 0.0)
         state = DecodeState(
             weights=attention,

@@ -2,16 +2,20 @@
 
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from pytest_kvguard.errors import Unsupported
-from pytest_kvguard.kv.decode import Stopping
+from pytest_kvguard.kv.compress import importances, keep, keep_masks
+from pytest_kvguard.kv.decode import Answer, Stopping, greedy
 from pytest_kvguard.kv.engine import Engine
+from pytest_kvguard.kv.evicting import Decoding, evicting
 from pytest_kvguard.kv.grid import Cell, Grid, Prompt
 from pytest_kvguard.kv.prefill import Observe, prefill
+from pytest_kvguard.kv.rows import GrowingLayer, Rows
 from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.policies import POLICIES, get_policy
 from pytest_kvguard.policies.base import Policy
+from pytest_kvguard.policies.budgets import keep_ratio
 from pytest_kvguard.policies.selectors import top_tokens
 from tests.tiny import FAMILIES, family, llama, tokens
 
@@ -80,24 +84,32 @@ def test_memory_splits_the_work_and_not_the_answers():
     assert seam.forwards > 100  # every row on its own
 
 
-def test_answers_grow_beyond_the_draft_as_if_written_step_by_step():
+@pytest.mark.parametrize("spec", ["knorm", "h2o", "shotkv(window=4)", "streaming_llm(sinks=2)"])
+def test_answers_grow_beyond_the_draft_as_if_written_step_by_step(spec):
     """A row that leaves its draft ends where a row without any draft would."""
-    [rule] = cells("knorm")
+    [rule] = cells(spec)
     grid, _ = run(family("llama"), prompts(), [rule])
-    assert any(a != b for a, b in zip(*(x.values() for x in answers(grid)), strict=True))
-    from pytest_kvguard.kv.compress import importances, keep, keep_masks
-    from pytest_kvguard.kv.decode import Answer, greedy
-    from pytest_kvguard.kv.rows import Rows
-
+    base, kept = answers(grid)
+    assert base != kept
     for index, prompt in enumerate(prompts()):
-        seam, answer = Seam(family("llama")), Answer()
-        with seam.open():
-            held = prefill(seam, prompt.ids, Observe())
-            states = held.states(UNITS, prompt.protection(rule.policy, torch.device("cpu")))
-            masks = keep_masks(rule.policy, importances(rule.policy, states), states, rule.ratio)
-            kept = keep(held, masks, [1] * len(masks), prompt.fed)
-            greedy(seam, Rows([kept]), [prompt.tail], [answer], STOPPING)
-        assert grid.cells[0].answers[index].tokens == answer.tokens
+        assert kept[index] == without_draft(rule, prompt)
+
+
+def without_draft(cell: Cell, prompt: Prompt) -> list[int]:
+    seam, answer, device = Seam(family("llama")), Answer(), torch.device("cpu")
+    with seam.open():
+        held = prefill(seam, prompt.ids, Observe(cell.policy.window, cell.policy.needs_sums))
+        states = held.states(prompt.units, prompt.protection(cell.policy, device))
+        masks = keep_masks(cell.policy, importances(cell.policy, states), states, cell.ratio)
+        budgets = [cell.policy.budget(state, cell.ratio) for state in states]
+        kept = keep(held, masks, budgets, prompt.fed)
+        make = GrowingLayer
+        if cell.decode is not None:
+            length = torch.tensor([len(prompt.ids)])
+            ratio = torch.tensor([cell.ratio], dtype=torch.float64)
+            make = evicting(Decoding(cell.decode, ratio, length, length, slots=99))
+        greedy(seam, Rows([kept], make), [prompt.tail], [answer], STOPPING)
+    return answer.tokens
 
 
 def test_a_shared_context_is_prefilled_once_whatever_the_grid():
@@ -114,8 +126,6 @@ def test_a_new_ratio_costs_no_prefill_and_no_rating():
     def importance(state):
         rated.append(state.layer)
         return -state.keys.norm(dim=-1)
-
-    from pytest_kvguard.policies.budgets import keep_ratio
 
     policy = Policy("counting", importance, keep_ratio, top_tokens)
     one, seam_one = run(family("llama"), prompts(), [Cell(policy, 0.9)])
@@ -182,8 +192,6 @@ def test_a_policy_that_fails_fails_its_cell_alone():
     def importance(state):
         raise RuntimeError("boom")
 
-    from pytest_kvguard.policies.budgets import keep_ratio
-
     broken = Cell(Policy("broken", importance, keep_ratio, top_tokens), 0.5)
     grid, _ = run(family("llama"), prompts(), [broken, *cells("knorm")])
     assert grid.cells[0].problem == (0, "RuntimeError: boom")
@@ -194,8 +202,6 @@ def test_a_policy_that_fails_fails_its_cell_alone():
 def test_a_mask_that_breaks_the_contract_is_named(what):
     def select(importance, n, state):
         return torch.full(importance.shape, what == "oversize")
-
-    from pytest_kvguard.policies.budgets import keep_ratio
 
     cell = Cell(Policy("odd", lambda s: -s.keys.norm(dim=-1), keep_ratio, select), 0.5)
     grid, _ = run(family("llama"), prompts(), [cell])
@@ -221,8 +227,6 @@ def test_a_model_without_attention_is_refused_by_name():
 
 
 def test_attention_that_would_not_be_reproduced_is_refused_by_name():
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
     config = Gemma2Config(
         vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, head_dim=16,

@@ -9,15 +9,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pytest_kvguard.kv.compress import Kept, importances, keep, keep_masks
-from pytest_kvguard.kv.engine import Engine
-from pytest_kvguard.kv.evicting import Decoding, evicting
+from pytest_kvguard.kv.evicting import Decoding, EvictingLayer, evicting
 from pytest_kvguard.kv.grid import Prompt
 from pytest_kvguard.kv.prefill import Observe, Prefill, prefill
+from pytest_kvguard.kv.rope import Rotation, find_rotation
 from pytest_kvguard.kv.rows import GrowingLayer, Rows
 from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.policies import POLICIES, get_policy
 from pytest_kvguard.policies.base import EMPTY, Policy
-from tests.tiny import FAMILIES, WINDOW, family, tokens
+from pytest_kvguard.policies.budgets import keep_ratio
+from pytest_kvguard.policies.observe import window_attention
+from pytest_kvguard.policies.selectors import top_tokens
+from tests.tiny import FAMILIES, WINDOW, family, llama, tokens
 
 PROMPT = tokens(41)
 ANSWER = tokens(7, seed=1)
@@ -142,15 +145,19 @@ def test_evicting_while_decoding_equals_masking(policy, name, width):
 
 
 def rows_of(policy: Policy, kept: Kept) -> Rows:
+    return Rows([kept], evicting(decoding_of(policy, kept)))
+
+
+def decoding_of(policy: Policy, kept: Kept, rotation: Rotation | None = None) -> Decoding:
     budgets = [layer.budget for layer in kept.layers if layer.window is None]
-    decoding = Decoding(
+    return Decoding(
         eviction=policy.decode,
         ratio=torch.tensor([RATIO], dtype=torch.float64),
         prompt_length=torch.tensor([len(PROMPT)]),
         fresh=torch.tensor([len(PROMPT)]),
         slots=policy.decode.slots(max(budgets), len(ANSWER) + 1, RATIO),
+        rotation=rotation,
     )
-    return Rows([kept], evicting(decoding))
 
 
 def what_is_seen(seam: Seam, policy: Policy, held: Prefill, kept: Kept) -> dict[int, list[Tensor]]:
@@ -178,8 +185,6 @@ def test_policies_see_the_attention_the_model_computed(name):
         held = prefill(seam, PROMPT, Observe(window=9, sums=True))
     states = held.states((), torch.zeros(len(PROMPT), dtype=torch.bool))
     own = own_attention(name)
-    from pytest_kvguard.policies.observe import window_attention
-
     for layer, state in zip(held.compressible, states, strict=True):
         expected = own[layer.layer][0]  # (Hq, T, T)
         seen = window_attention(state, 9).flatten(0, 1)
@@ -196,24 +201,89 @@ def own_attention(name: str) -> tuple[Tensor, ...]:
         return eager(torch.tensor([PROMPT]), output_attentions=True).attentions
 
 
+def test_heads_may_keep_different_counts():
+    """What a head did not keep stays hidden, even where its sibling keeps more."""
+
+    def select(importance, n, state):
+        mask = top_tokens(importance, n, state)
+        mask[0] = top_tokens(importance, n // 3, state)[0]
+        return mask
+
+    ragged = Policy("ragged", lambda state: -state.keys.norm(dim=-1), keep_ratio, select)
+    check_prefill_eviction(family("llama"), ragged, width=3)
+
+
+def test_sums_go_on_while_decoding():
+    """H2O's sums: every query since the prompt's first, for each position still held."""
+    model, rule = family("llama"), policy_of("h2o")
+    seam = Seam(model)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Watching(EvictingLayer):
+        def _evict(self, attention: Tensor, newest: Tensor) -> None:
+            if self is rows.layers[0]:
+                seen.append((attention[0].clone(), self.positions[0].clone()))
+            super()._evict(attention, newest)
+
+    with seam.open():
+        held, _, kept = compressed(seam, rule)
+        decoding = decoding_of(rule, kept)
+        rows = Rows([kept], lambda layers: Watching(layers, decoding))
+        feed(seam, rows, width=1)
+    heads, group = 2, 2
+    expected = held.layers[0].sums.double().reshape(heads, group, -1).sum(dim=1)
+    expected = torch.cat([expected, torch.zeros(heads, len(ANSWER))], dim=1)
+    again = len(PROMPT) - 1  # fed once more: counts for itself, the others had it at prefill
+    expected[:, again] = 0
+    for step, (attention, positions) in enumerate(seen):
+        for head in range(heads):
+            for slot, position in enumerate(positions[head].tolist()):
+                if position != EMPTY and (step > 0 or position == again):
+                    mass = attention[head * group : (head + 1) * group, slot].double().sum()
+                    expected[head, position] += mass
+    layer = rows.layers[0]
+    for head in range(heads):
+        there = layer.positions[0, head] != EMPTY
+        own = layer.sums[0, head, there].double()
+        torch.testing.assert_close(
+            own, expected[head, layer.positions[0, head, there]], rtol=1e-4, atol=1e-4
+        )
+
+
 def test_cache_positions_equal_the_text_that_is_left():
     """With one layer, what a token holds depends on itself alone: evicting is leaving out."""
-    from tests.tiny import llama
-
-    model = llama(num_hidden_layers=1)
-    rule = get_policy("streaming_llm(sinks=3, positions=cache)")
-    seam = Seam(model)
-    with seam.open():
-        engine = Engine(seam)
-        rotation = engine._rotation_for(rule)
-        prompt = Prompt(tuple(PROMPT), context=0)
-        held = prefill(seam, PROMPT, Observe())
-        states = held.states((), prompt.protection(rule, torch.device("cpu")))
-        masks = keep_masks(rule, importances(rule, states), states, RATIO)
-        kept = keep(held, masks, [20], prompt.fed, rotation)
-        own = feed(seam, Rows([kept], GrowingLayer), width=8)
+    model, own, masks = in_cache_positions(GrowingLayer)
     left = [t for t, stays in zip(PROMPT, masks[0][0].tolist(), strict=True) if stays]
     assert left == PROMPT[:3] + PROMPT[-17:]
     with torch.inference_mode():
         expected = model(torch.tensor([left + ANSWER])).logits[0, len(left) - 1 :]
     torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_cache_positions_go_on_while_the_window_rolls():
+    """After every eviction the sinks move up, so that no token is ever further than the cache."""
+    model, own, _ = in_cache_positions(None)
+    text = PROMPT + ANSWER
+    for row, logits in enumerate(own):
+        end = len(PROMPT) + row
+        left = text[:3] + text[end - 17 : end]
+        with torch.inference_mode():
+            expected = model(torch.tensor([left])).logits[0, -1]
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def in_cache_positions(layer: type | None) -> tuple[PreTrainedModel, Tensor, list]:
+    """Feed the answer to a one-layer model under StreamingLLM; None: rolling on as it decodes."""
+    model = llama(num_hidden_layers=1)
+    rule = get_policy("streaming_llm(sinks=3, positions=cache)")
+    seam = Seam(model)
+    with seam.open():
+        rotation = find_rotation(seam)
+        prompt = Prompt(tuple(PROMPT), context=0)
+        held = prefill(seam, PROMPT, Observe())
+        states = held.states((), prompt.protection(rule, torch.device("cpu")))
+        masks = keep_masks(rule, importances(rule, states), states, RATIO)
+        kept = keep(held, masks, [20], prompt.fed, rotation)
+        make = layer or evicting(decoding_of(rule, kept, rotation))
+        own = feed(seam, Rows([kept], make), width=1)
+    return model, own, masks
