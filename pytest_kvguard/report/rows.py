@@ -41,12 +41,15 @@ def tally(cells: Sequence[Cell]) -> str:
 
 
 def reasons(cells: Sequence[Cell]) -> Iterator[str]:
-    """Yield a sentence for every cell that has something to explain, fails first."""
+    """Yield a sentence for what has something to explain, fails first; cells alike share one."""
     for verdict in reversed(ORDER):
+        alike: dict[tuple[str, str], list[str]] = {}
         for cell in _with(verdict, cells):
             if cell["reason"]:
-                where = f"{cell['task']} {cell['spec']}@{cell['ratio']:g}"
-                yield f"{where}: {shown(verdict)}: {cell['reason']}"
+                names = alike.setdefault((cell["task"], cell["reason"]), [])
+                names.append(f"{cell['spec']}@{cell['ratio']:g}")
+        for (task, reason), names in alike.items():
+            yield f"{task} {', '.join(names)}: {shown(verdict)}: {reason}"
 
 
 def legend(cells: Sequence[Cell]) -> str:

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypedDict
@@ -45,6 +45,21 @@ def by_model(measured: Sequence[Measured]) -> dict[str, list[Cell]]:
     for one in measured:
         models.setdefault(one["model"], []).append(one["cell"])
     return models
+
+
+def publish(measured: Sequence[Measured], path: Path | None) -> Iterator[str]:
+    """Write the report file, if one is asked for, and the job summary; yield what to tell of it."""
+    if not measured:
+        if path is not None:
+            yield f"nothing was measured, so no report is written to {path}"
+        return
+    if path is not None:
+        write(path, measured)
+        yield f"report written to {path}"
+    try:
+        append_job_summary(measured)
+    except OSError as problem:  # a container may inherit the variable without the file
+        yield f"cannot append to the job summary: {problem}"
 
 
 def write(path: Path, measured: Sequence[Measured]) -> None:

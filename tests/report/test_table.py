@@ -108,3 +108,10 @@ def test_colours_tell_the_verdicts_apart(cells, monkeypatch):
 
 def test_no_cells_make_no_table():
     assert table([]) == []
+
+
+def test_a_reason_that_cells_share_is_given_once(cells):
+    weak = {"verdict": "refused", "reason": "the baseline is too weak"}
+    text = " ".join(table([cells[0] | weak, cells[0] | weak | {"ratio": 0.5}, cells[3]]))
+    assert text.count("the baseline is too weak") == 1
+    assert "retrieval snapkv@0.25, snapkv@0.5: refused: the baseline is too weak" in text
