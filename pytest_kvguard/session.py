@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.errors import InvalidArgument, UnknownName
 from pytest_kvguard.marker import Plan
 from pytest_kvguard.options import Settings
 from pytest_kvguard.report.record import Cell, not_run, to_cell
@@ -78,7 +78,11 @@ class Session:
     def check(self, plan: Plan) -> None:
         """Raise, before anything is run, for a task or policy nobody knows."""
         from pytest_kvguard.policies import get_policy
+        from pytest_kvguard.tasks import TASKS
 
+        for name in self.settings.tasks:
+            if name not in TASKS:
+                raise UnknownName("task", name, TASKS)
         self.task(plan.task)
         for policy in plan.policies:
             get_policy(policy)
@@ -132,6 +136,7 @@ class Session:
         measured = bench.measure(
             task,
             cells,
+            name=str(plan.task) if isinstance(plan.task, Spec) else task.name,
             limit=plan.limit,
             protocol=self.settings.protocol,
             protect=self.settings.protect,

@@ -40,6 +40,7 @@ class Bench:
         task: Task,
         cells: Sequence[Cell],
         *,
+        name: str | None = None,
         limit: int | None = None,
         protocol: Protocol | None = None,
         protect: Collection[str] = (),
@@ -47,6 +48,7 @@ class Bench:
     ) -> Measured:
         """Answer the first ``limit`` samples of a task, with the full cache and under each cell.
 
+        name: what reports call the task, such as ``word_problems(steps=2)``; its own name if None;
         protocol: when to compress, if not as the task says; protect: kinds of parts that every
         policy must keep. Gives up after the first answers of a baseline that is hopeless.
         """
@@ -66,15 +68,18 @@ class Bench:
                 for i in sorted(answers)
             }
 
+        # The fewer the better: then there is no chance level to stay clear of, only zero.
+        chance = task.chance if task.higher_is_better else 0.0
+
         def go_on(answers: Mapping[int, decode.Answer]) -> bool:
-            return hopeless(list(mark(answers).values()), task.chance) is None
+            return hopeless(list(mark(answers).values()), chance) is None
 
         started = time.perf_counter()
         grid = self.engine.run(
             prompts, cells, stopping, first=TRIAL, go_on=go_on, progress=progress
         )
         blank = Run(
-            task=task.name,
+            task=name or task.name,
             ability=task.ability,
             policy=FULL,
             params={},
@@ -88,7 +93,7 @@ class Bench:
         record = _Recorder(samples, stopping, mark, grid, blank)
         baseline = record.run(grid.baseline)
         if grid.abandoned:
-            reason = hopeless(list(baseline.scores.values()), task.chance)
+            reason = hopeless(list(baseline.scores.values()), chance)
             return Measured(baseline, (), reason)
         runs = tuple(record.cell(cell, grid.cells[i]) for i, cell in enumerate(cells))
         return Measured(baseline, runs, None, grid.disagreements)

@@ -39,6 +39,7 @@ class Cell(TypedDict):
     bytes_full: int
     bytes_held: int
     verdict: str
+    skipped: bool
     reason: str
     max_drop: float
     samples_needed: int | None
@@ -73,6 +74,7 @@ def to_cell(comparison: "Comparison", spec: str | None = None) -> Cell:
         bytes_full=kept.bytes_full,
         bytes_held=kept.bytes_held,
         verdict=c.verdict,
+        skipped=c.weakness is not None,
         reason=c.reason,
         max_drop=c.max_drop,
         samples_needed=c.samples_needed,
@@ -105,6 +107,7 @@ def not_run(base: "Run", policy: str, spec: str, ratio: float, reason: str) -> C
         bytes_full=base.bytes_full,
         bytes_held=0,
         verdict="refused",
+        skipped=True,
         reason=reason,
         max_drop=0.0,
         samples_needed=None,

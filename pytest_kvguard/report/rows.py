@@ -9,7 +9,8 @@ TEXT_COLUMNS = ("task", "policy")
 HEADER = (*TEXT_COLUMNS, "ratio", "held", "n", "base", "kept", "dP", "interval", "-/+", "verdict")
 """The columns of both tables; all but the first two hold numbers or the verdict."""
 
-ORDER = ("pass", "inconclusive", "refused", "fail")
+ORDER = ("pass", "inconclusive", "skipped", "refused", "fail")
+"""How cells end: by their verdict, but for those of a task that is beyond the model."""
 
 
 def row(cell: Cell) -> tuple[str, ...]:
@@ -26,12 +27,17 @@ def row(cell: Cell) -> tuple[str, ...]:
         _percent(cell["dp"]),
         "" if low is None else f"[{_percent(low)}, {_percent(math.inf if high is None else high)}]",
         f"{len(cell['broke'])}/{len(cell['mended'])}",
-        shown(cell["verdict"]),
+        shown(end(cell)),
     )
 
 
+def end(cell: Cell) -> str:
+    """Return how a cell ended, one of ORDER."""
+    return "skipped" if cell["skipped"] else cell["verdict"]
+
+
 def shown(verdict: str) -> str:
-    """Return the verdict as printed: a fail is loud."""
+    """Return an end as printed: a fail is loud."""
     return verdict.upper() if verdict == "fail" else verdict
 
 
@@ -69,7 +75,7 @@ def _only(texts: set[str]) -> str:
 
 
 def _with(verdict: str, cells: Sequence[Cell]) -> list[Cell]:
-    return [cell for cell in cells if cell["verdict"] == verdict]
+    return [cell for cell in cells if end(cell) == verdict]
 
 
 def _counted(verdict: str, cells: Sequence[Cell]) -> str:

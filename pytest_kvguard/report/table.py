@@ -7,7 +7,13 @@ from io import StringIO
 from pytest_kvguard.report.record import Cell
 from pytest_kvguard.report.rows import HEADER, TEXT_COLUMNS, legend, reasons, row, tally
 
-STYLES = {"pass": "green", "inconclusive": "yellow", "refused": "magenta", "FAIL": "bold red"}
+STYLES = {
+    "pass": "green",
+    "inconclusive": "yellow",
+    "skipped": "dim",
+    "refused": "magenta",
+    "FAIL": "bold red",
+}
 """By verdict as it is shown."""
 
 NARROWEST = 14

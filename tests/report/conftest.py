@@ -19,6 +19,7 @@ CELL = {
     "bytes_full": 80,
     "bytes_held": 20,
     "verdict": "pass",
+    "skipped": False,
     "reason": "",
     "max_drop": 0.1,
     "samples_needed": None,

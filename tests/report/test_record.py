@@ -79,6 +79,7 @@ def test_a_cell_says_what_the_comparison_says():
         "bytes_full": 800,
         "bytes_held": 200,
         "verdict": "inconclusive",
+        "skipped": False,
         "reason": c.reason,
         "max_drop": 0.1,
         "samples_needed": c.samples_needed,

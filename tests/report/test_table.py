@@ -115,3 +115,10 @@ def test_a_reason_that_cells_share_is_given_once(cells):
     text = " ".join(table([cells[0] | weak, cells[0] | weak | {"ratio": 0.5}, cells[3]]))
     assert text.count("the baseline is too weak") == 1
     assert "retrieval snapkv@0.25, snapkv@0.5: refused: the baseline is too weak" in text
+
+
+def test_a_task_beyond_the_model_is_counted_as_skipped_not_as_refused(cells):
+    beyond = cells[0] | {"verdict": "refused", "skipped": True, "reason": "too weak"}
+    lines = table([beyond, cells[0]])
+    assert lines[-1] == "1 pass, 1 skipped"
+    assert any(line.startswith("retrieval snapkv@0.25: skipped: too weak") for line in lines)
