@@ -29,7 +29,7 @@ class Rule:
     sentence: str
 
 
-def instructions(*, n: int = 100, rules: int = 3, people: int = 12, seed: int = 0) -> Task:
+def instructions(*, n: int = 100, rules: int = 3, people: int = 16, seed: int = 0) -> Task:
     """Return ``n`` questions under ``rules`` (2..4) rules about ``people`` (1..24) people."""
     check_between("rules", rules, 2, 4)
     check_between("people", people, 1, 24)
@@ -61,7 +61,7 @@ def draw_question(rng: Random, rules: int, people: int) -> Exercise:
     target = tuple(f"{rule.kind} {rule.word}" for rule in given)
     target += tuple(f"lists {item}" for item in items if f"never {item}" not in target)
     labels = (f"rules={rules}", f"people={people}")
-    return exercise("instructions", parts, f" {obedient(given, items)}", target, labels)
+    return exercise("instructions", parts, f" {obedient(asked, items, given)}", target, labels)
 
 
 def draw_items(rng: Random) -> tuple[str, ...]:
@@ -96,8 +96,8 @@ def system_parts(rules: tuple[Rule, ...]) -> list[Part]:
 
 
 def belongings(name: str, items: tuple[str, ...]) -> str:
-    """Return the line ``Ana has these: lamp, rope, coin.``."""
-    return f"{name} has these: {', '.join(items)}.\n"
+    """Return the line ``Ana has: lamp, rope, coin.``."""
+    return f"{name} has: {', '.join(items)}.\n"
 
 
 def question(name: str) -> str:
@@ -105,11 +105,11 @@ def question(name: str) -> str:
     return f"What does {name} have?"
 
 
-def obedient(rules: tuple[Rule, ...], items: tuple[str, ...]) -> str:
-    """Return the answer that lists the items and obeys every rule."""
+def obedient(name: str, items: tuple[str, ...], rules: tuple[Rule, ...]) -> str:
+    """Return the answer that lists the items and obeys every rule: ``hello Ana has: lamp done``."""
     word = {rule.kind: rule.word for rule in rules}
     listed = ", ".join(item for item in items if item != word.get("never"))
-    answer = " ".join(filter(None, (word.get("begin"), listed, word.get("end"))))
+    answer = " ".join(filter(None, (word.get("begin"), f"{name} has: {listed}", word.get("end"))))
     return answer.upper() if "capitals" in word else answer
 
 
