@@ -1,8 +1,8 @@
 """The marker ``kv_sensitivity``: a task, policies and ratios, and how much may be lost."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -12,6 +12,7 @@ from pytest_kvguard.options import (
     DEFAULT_POLICIES,
     DEFAULT_RATIOS,
     Settings,
+    count,
     keep_ratio,
     max_drop,
 )
@@ -22,14 +23,15 @@ SIGNATURE = (
     "kv_sensitivity(task, *, policies=None, ratios=None, max_drop=None, limit=None): run a task "
     "with the full KV cache and under each policy at each keep ratio, one test item each"
 )
+Value = TypeVar("Value")
 KEYWORDS = ("policies", "ratios", "max_drop", "limit")
 
 
 def kv_sensitivity(
     task: Any,
     *,
-    policies: str | Iterable[str] | None = None,
-    ratios: float | Iterable[float] | None = None,
+    policies: str | Sequence[str] | None = None,
+    ratios: float | Sequence[float] | None = None,
     max_drop: float | None = None,
     limit: int | None = None,
 ) -> pytest.MarkDecorator:
@@ -66,15 +68,16 @@ def plan(mark: pytest.Mark, settings: Settings) -> Plan:
     if len(mark.args) != 1:
         raise InvalidArgument(f"{NAME} takes one task, got {len(mark.args)} arguments")
     asked = mark.kwargs
-    own_policies = tuple(parse(text) for text in _listed(asked.get("policies", DEFAULT_POLICIES)))
-    own_ratios = tuple(keep_ratio(str(r)) for r in _listed(asked.get("ratios", DEFAULT_RATIOS)))
+    own_policies = _each(parse, "policies", asked.get("policies", DEFAULT_POLICIES))
+    own_ratios = _each(keep_ratio, "ratios", asked.get("ratios", DEFAULT_RATIOS))
     own_drop = max_drop(str(asked.get("max_drop", DEFAULT_MAX_DROP)))
+    own_limit = count(str(asked["limit"])) if "limit" in asked else None
     return Plan(
         task=_task(mark.args[0], settings),
         policies=settings.policies or own_policies,
         ratios=settings.ratios or own_ratios,
         max_drop=own_drop if settings.max_drop is None else settings.max_drop,
-        limit=asked.get("limit") if settings.limit is None else settings.limit,
+        limit=own_limit if settings.limit is None else settings.limit,
     )
 
 
@@ -86,5 +89,10 @@ def _task(given: Any, settings: Settings) -> Any:
     return Spec(own.name, {**own.params, **override.params})
 
 
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple | set) else [value]
+def _each(read: Callable[[str], Value], name: str, given: Any) -> tuple[Value, ...]:
+    """Read one value or several, each once."""
+    listed = given if isinstance(given, list | tuple) else [given]
+    values = tuple(dict.fromkeys(read(str(value)) for value in listed))
+    if not values:
+        raise InvalidArgument(f"{NAME} was given no {name}, so it would measure nothing")
+    return values

@@ -1,6 +1,7 @@
 """The command line and ini settings: what each is called, means and may be. No torch."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_POLICIES = ("snapkv",)
 DEFAULT_RATIOS = (0.5,)
 DEFAULT_MAX_DROP = 0.10
+PARTS = ("system", "instruction", "shot", "document", "question", "template")
 SIZES = {"MB": 2**20, "GB": 2**30, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -74,7 +76,10 @@ def size(text: str) -> int:
     """Read a number of bytes: ``500MB``, ``2GiB`` or plain bytes."""
     for suffix, factor in SIZES.items():
         if text.endswith(suffix):
-            return int(number(text.removesuffix(suffix)) * factor)
+            value = number(text.removesuffix(suffix)) * factor
+            if not 1 <= value < math.inf:
+                raise InvalidArgument(f"expected at least one byte, got {text!r}")
+            return int(value)
     return count(text)
 
 
@@ -94,6 +99,8 @@ def report_file(text: str) -> Path:
     path = Path(text)
     if not path.absolute().parent.is_dir():
         raise InvalidArgument(f"there is no folder {str(path.parent)!r} to write {path.name!r} to")
+    if path.is_dir():
+        raise InvalidArgument(f"{text!r} is a folder; name a file in it")
     return path
 
 
@@ -155,9 +162,9 @@ OPTIONS = (
     Option(
         "--kv-protect",
         "PART",
-        "Parts of the prompt that every policy must keep, charged to its budget: system, "
-        "instruction, shot, document, question, template; comma-separated. Default: none",
-        str,
+        "Parts of the prompt that every policy must keep, charged to its budget: "
+        f"{', '.join(PARTS)}; comma-separated. Default: none",
+        one_of(*PARTS),
         many=True,
     ),
     Option("--kv-report", "FILE", "Write every cell as JSON. Default: no file", report_file),
@@ -244,8 +251,15 @@ def _value(config: pytest.Config, option: Option) -> Any:
         given, source = config.getini(option.ini) or None, f"ini value {option.ini}"
     try:
         if option.many:
-            texts = [given] if isinstance(given, str) else given or []
-            return tuple(option.read(piece) for text in texts for piece in split(text))
+            return _values(option, [given] if isinstance(given, str) else given or [])
         return option.default if given is None else option.read(given)
     except InvalidArgument as problem:
         raise pytest.UsageError(f"{source}: {problem}") from None
+
+
+def _values(option: Option, texts: Sequence[str]) -> tuple[Any, ...]:
+    """Read the values of an option that takes several, each once."""
+    pieces = [piece for text in texts for piece in split(text)]
+    if texts and not pieces:
+        raise InvalidArgument(f"expected at least one {option.metavar}, got {texts[-1]!r}")
+    return tuple(dict.fromkeys(option.read(piece) for piece in pieces))

@@ -106,6 +106,8 @@ def pytest_collection_modifyitems(config: pytest.Config) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Note which cells the selected tests want: those of a task are run together."""
+    if session.config.stash[PROBLEMS]:  # pytest gets here even so, with items that have no cell
+        return
     ours = session.config.stash[SESSION]
     for item in session.items:
         mark = item.get_closest_marker(marker.NAME)
@@ -209,12 +211,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         width, color = terminalreporter._tw.fullwidth, terminalreporter._tw.hasmarkup
         for line in table(cells, width=width, color=color):
             terminalreporter.write_line(line)
-    if not measured:
-        return
-    summary.append_job_summary(measured)
-    if path := terminalreporter.config.stash[SESSION].settings.report:
-        summary.write(path, measured)
-        terminalreporter.write_line(f"report written to {path}")
+    for line in summary.publish(measured, terminalreporter.config.stash[SESSION].settings.report):
+        terminalreporter.write_line(line)
 
 
 @pytest.hookimpl(optionalhook=True)

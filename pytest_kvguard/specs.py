@@ -19,7 +19,7 @@ class Spec:
     params: Mapping[str, Any] = field(default_factory=dict)
 
     def __hash__(self) -> int:
-        return hash(str(self))
+        return hash(self.name)  # the parameters may come in any order
 
     def __str__(self) -> str:
         if not self.params:

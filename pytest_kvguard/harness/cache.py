@@ -42,8 +42,8 @@ class CompressedCache:
 
     @property
     def held(self) -> Tensor:
-        """Fraction of the prompt held, last token included, (layers, Hkv)."""
-        return (self.kept.held + 1) / len(self.prompt.ids)
+        """Fraction of the prompt held, last token included, (layers, Hkv) float64."""
+        return (self.kept.held.double() + 1) / len(self.prompt.ids)
 
     def positions(self, layer: int, head: int) -> list[int]:
         """Return the prompt positions a head of a layer holds, in order."""

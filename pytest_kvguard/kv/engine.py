@@ -292,7 +292,7 @@ def _kept(job: _Job, rotation: Rotation | None) -> Kept:
 def _record(outcome: Outcome, held: _Held, full: Kept, kept: Kept, answer: Answer) -> None:
     again = held.prompt.compressed - held.prompt.fed  # tokens of the prompt that were fed again
     outcome.answers[held.index] = answer
-    outcome.held.append((kept.held.cpu() + again) / held.prompt.compressed)
+    outcome.held.append((kept.held.cpu().double() + again) / held.prompt.compressed)
     outcome.bytes_full += full.bytes
     outcome.bytes_held += kept.bytes
     outcome.tokens += answer.fed

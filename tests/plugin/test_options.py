@@ -1,0 +1,162 @@
+import pytest
+
+from pytest_kvguard.harness.encode import PROTECTABLE
+from pytest_kvguard.models import DTYPES
+from pytest_kvguard.options import OPTIONS, PARTS
+
+MARKED = """
+    from pytest_kvguard import kv_sensitivity
+
+    @kv_sensitivity("recall", policies="shotkv", ratios=0.5)
+    def test_recall(kv_result):
+        assert kv_result.holds
+"""
+NAMES = ["--collect-only", "-q"]
+
+
+def items(result: pytest.RunResult) -> list[str]:
+    return [line.partition("::")[2] for line in result.outlines if "::" in line]
+
+
+def sentence(result: pytest.RunResult) -> str:
+    """The one line that a run was ended with."""
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    (line,) = [line for line in result.errlines if line.strip()]
+    return line
+
+
+def test_help_names_every_option_with_its_metavar_and_default(suite):
+    text = suite("--help").stdout.str()
+    shown = " ".join(text.split())
+    for option in OPTIONS:
+        assert f"{option.flag}={option.metavar} " in shown
+        assert " ".join(option.help.split()) in shown
+        assert "Default: " in option.help
+        assert f"  {option.ini} (" in text  # the ini twin
+
+
+def test_every_option_is_one_of_ours_by_its_name():
+    assert {option.flag for option in OPTIONS if not option.flag.startswith("--kv-")} == {"--ratio"}
+
+
+def test_the_parts_and_types_on_offer_are_those_that_can_be_used():
+    assert PARTS == PROTECTABLE
+    for name in DTYPES:
+        assert next(o for o in OPTIONS if o.flag == "--kv-dtype").read(name) == name
+
+
+def test_the_command_line_wins_over_the_ini_file_and_that_over_the_marker(suite):
+    suite.pytester.makepyfile(MARKED)
+    assert items(suite(*NAMES)) == ["test_recall[shotkv-0.5]"]
+    suite.pytester.makeini(
+        """
+        [pytest]
+        kv_policy = snapkv(window=4), h2o
+        ratio = 0.25
+        """
+    )
+    from_ini = ["test_recall[snapkv(window=4)-0.25]", "test_recall[h2o-0.25]"]
+    assert items(suite(*NAMES)) == from_ini
+    assert items(suite(*NAMES, "--kv-policy=tova")) == ["test_recall[tova-0.25]"]
+    assert items(suite(*NAMES, "--kv-policy=tova", "--ratio=0.75")) == ["test_recall[tova-0.75]"]
+
+
+def test_lists_are_separated_by_commas_or_repeated_and_said_twice_count_once(suite):
+    suite.pytester.makepyfile(MARKED)
+    given = ["--kv-policy=tova,snapkv(window=4, kernel=3)", "--kv-policy=tova", "--ratio=.5,0.50"]
+    assert items(suite(*NAMES, *given)) == [
+        "test_recall[tova-0.5]",
+        "test_recall[snapkv(window=4, kernel=3)-0.5]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("--ratio=0", "--ratio: keep ratio must be in (0, 1], got '0'; 0.25 keeps a quarter"),
+        ("--ratio=1.5", "--ratio: keep ratio must be in (0, 1], got '1.5'"),
+        ("--ratio=0.5,-1", "--ratio: keep ratio must be in (0, 1], got '-1'"),
+        ("--ratio=nan", "--ratio: expected a number, got 'nan'"),
+        ("--ratio=half", "--ratio: expected a number, got 'half'"),
+        ("--ratio=", "--ratio: expected at least one RATIO, got ''"),
+        ("--kv-policy=,", "--kv-policy: expected at least one POLICY, got ','"),
+        ("--kv-policy=snap-kv", "--kv-policy: cannot read 'snap-kv'; write name or name(key=valu"),
+        ("--kv-task=retrieval(800)", "--kv-task: cannot read 'retrieval(800)'; write name or"),
+        ("--kv-limit=0", "--kv-limit: expected a whole number of at least 1, got '0'"),
+        ("--kv-limit=2.5", "--kv-limit: expected a whole number of at least 1, got '2.5'"),
+        ("--kv-max-drop=2", "--kv-max-drop: max drop must be in [0, 1), got '2'; 0.1 allows a"),
+        ("--kv-max-drop=-0.1", "--kv-max-drop: max drop must be in [0, 1), got '-0.1'"),
+        ("--kv-mode=strict", "--kv-mode: expected one of gate, proved, regression, got 'strict'"),
+        ("--kv-protocol=both", "--kv-protocol: expected one of prompt, context, got 'both'"),
+        ("--kv-protect=shots", "--kv-protect: expected one of system, instruction, shot, document"),
+        ("--kv-report=no/kv.json", "--kv-report: there is no folder 'no' to write 'kv.json' to"),
+        ("--kv-report=.", "--kv-report: '.' is a folder; name a file in it"),
+        ("--kv-dtype=int8", "--kv-dtype: expected one of float32, bfloat16, float16, got 'int8'"),
+        ("--kv-memory=many", "--kv-memory: expected a whole number of at least 1, got 'many'"),
+        ("--kv-memory=-1GB", "--kv-memory: expected at least one byte, got '-1GB'"),
+        ("--kv-memory=infMB", "--kv-memory: expected at least one byte, got 'infMB'"),
+    ],
+)
+def test_a_bad_value_ends_the_run_in_one_line(suite, given, expected):
+    suite.pytester.makepyfile(MARKED)
+    assert sentence(suite(given)).startswith(f"ERROR: {expected}")
+
+
+def test_a_bad_value_in_the_ini_file_is_said_to_be_there(suite):
+    suite.pytester.makeini("[pytest]\nratio = 1.5\n")
+    assert sentence(suite()).startswith("ERROR: ini value ratio: keep ratio must be in (0, 1]")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("--kv-policy=snap", "unknown policy 'snap'; did you mean 'snapkv'? known: chunkkv, h2o, "),
+        ("--kv-policy=snapkv(windw=4)", "unknown parameter of snapkv 'windw'; did you mean 'win"),
+        ("--kv-policy=snapkv(window=0)", "window must be a whole number of at least 1, got 0"),
+        ("--kv-task=recal(n=4)", "unknown task 'recal'; did you mean 'recall'? known: arith"),
+        ("--kv-task=recall(m=4)", "unknown parameter of recall 'm'; known: n, right"),
+    ],
+)
+def test_an_unknown_name_ends_the_run_before_anything_is_measured(suite, given, expected):
+    suite.pytester.makepyfile(test_it=MARKED)
+    assert sentence(suite(given)).startswith(f"ERROR: test_it.py::test_recall: {expected}")
+
+
+def test_parameters_for_a_task_go_on_top_of_the_markers(suite):
+    suite.pytester.makepyfile(MARKED.replace('"recall"', '"recall(n=4, right=0.5)"'))
+    (cell,) = suite.cells("--kv-task=recall(n=20)")
+    assert (cell["n"], cell["base"]) == (20, 0.5)
+
+
+def test_a_limit_on_memory_changes_no_number(suite):
+    suite.pytester.makepyfile(MARKED)
+    (roomy,), (tight,) = suite.cells(), suite.cells("--kv-memory=0.1MB")
+    for field in ("base", "kept", "broke", "held", "bytes_held"):
+        assert roomy[field] == tight[field]
+
+
+def test_protected_parts_stay_in_the_cache_and_a_ratio_that_cannot_hold_them_is_refused(suite):
+    suite.pytester.makepyfile(MARKED)
+    (held,) = suite.cells("--kv-protect=question,template", "--kv-policy=tova")
+    assert held["held"]["max"] <= 0.5
+    (refused,) = suite.cells("--kv-protect=question,shot", "--kv-policy=tova")
+    assert refused["verdict"] == "refused"
+    assert "keep ratio 0.5 of 35 positions is 17, but 34 are protected" in refused["reason"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("--kv-device=gpu", "InvalidArgument: device must be auto, cpu or cuda[[]:n], got 'gpu'"),
+        ("--kv-model=./none", "InvalidArgument: there is no model folder at './none'"),
+        ("--kv-model=.", "InvalidArgument: the folder '.' holds no config.json, so it is no model"),
+        ("--kv-model=m.gguf", "InvalidArgument: there is no GGUF file at 'm.gguf'"),
+        ("--kv-model=no/such", "Unavailable: cannot load model 'no/such': *(give a hub id that *"),
+    ],
+)
+def test_a_model_that_cannot_be_had_fails_in_one_line(suite, given, expected):
+    suite.pytester.makepyfile(MARKED)
+    result = suite(given, "-rN")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*_ ERROR at setup of *", expected, "*= 1 error in *"])
+    assert "Traceback" not in result.stdout.str()

@@ -1,0 +1,39 @@
+import pytest
+
+from pytest_kvguard.report.progress import describe
+
+SLOW = """
+    from pytest_kvguard import kv_sensitivity
+
+    @kv_sensitivity("recall", ratios=[0.5, 0.25])
+    def test_recall(kv_result):
+        print("captured")
+"""
+
+
+@pytest.mark.parametrize("capture", ["fd", "no"])
+def test_long_work_says_how_far_it_is(suite, monkeypatch, capture):
+    monkeypatch.setattr("pytest_kvguard.report.progress.EVERY", 0)
+    suite.pytester.makepyfile(SLOW)
+    result = suite("--kv-memory=0.1MB", f"--capture={capture}")  # a few prompts at a time
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["recall: 2 cells: * of 72 answers, * a second, * s left"])
+
+
+def test_short_work_says_nothing(suite):
+    suite.pytester.makepyfile(SLOW)
+    result = suite("--kv-memory=0.1MB")
+    result.assert_outcomes(passed=2)
+    result.stdout.no_fnmatch_line("*answers*")
+
+
+def test_nothing_is_said_where_there_is_no_terminal(suite, monkeypatch):
+    monkeypatch.setattr("pytest_kvguard.report.progress.EVERY", 0)
+    suite.pytester.makepyfile(SLOW)
+    result = suite("--kv-memory=0.1MB", "-p", "no:terminal")
+    assert result.ret == 0
+    assert result.stdout.str() == ""
+
+
+def test_the_rest_is_foretold_from_the_rate_so_far():
+    assert describe(120, 600, 6.0) == "120 of 600 answers, 20.0 a second, 24 s left"
