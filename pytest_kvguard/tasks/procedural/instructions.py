@@ -18,6 +18,7 @@ from pytest_kvguard.tasks.procedural.exercises import (
 from pytest_kvguard.tasks.procedural.words import ENDINGS, ITEMS, NAMES, OPENINGS
 
 INTRODUCTION = "Obey these rules in every answer."
+ITEMS_EACH = 3
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class Rule:
     sentence: str
 
 
-def instructions(*, n: int = 100, rules: int = 3, people: int = 16, seed: int = 0) -> Task:
-    """Return ``n`` questions under ``rules`` (2..4) rules about ``people`` (1..24) people."""
+def instructions(*, n: int = 100, rules: int = 3, people: int = 10, seed: int = 0) -> Task:
+    """Return ``n`` questions under ``rules`` (2..4) rules about ``people`` (1..10) people."""
     check_between("rules", rules, 2, 4)
-    check_between("people", people, 1, 24)
+    check_between("people", people, 1, len(ITEMS) // ITEMS_EACH)
     return Task(
         name="instructions",
         ability="instructions",
@@ -47,26 +48,31 @@ def instructions(*, n: int = 100, rules: int = 3, people: int = 16, seed: int = 
 
 def draw_question(rng: Random, rules: int, people: int) -> Exercise:
     """Draw one question of the test split."""
-    asked, *others = rng.sample(NAMES, people)
+    names = rng.sample(NAMES, people)
     while True:
-        items = draw_items(rng)
-        given = draw_rules(rng, rules, items)
-        if split_of_answer(given, items) == "test":
+        items = dict(zip(names, deal_items(rng, people), strict=True))
+        asked = rng.choice(names)
+        given = draw_rules(rng, rules, items[asked])
+        if split_of_answer(given, items[asked]) == "test":
             break
-    bags = [belongings(asked, items)] + [belongings(name, draw_items(rng)) for name in others]
-    rng.shuffle(bags)
     parts = system_parts(given)
-    parts += [Part("document", bag, unit=f"sentence {i}") for i, bag in enumerate(bags)]
+    parts += [
+        Part("document", belongings(name, has), unit=f"sentence {i}")
+        for i, (name, has) in enumerate(items.items())
+    ]
     parts.append(Part("question", f"\nQ: {question(asked)}\nA:"))
     target = tuple(f"{rule.kind} {rule.word}" for rule in given)
-    target += tuple(f"lists {item}" for item in items if f"never {item}" not in target)
+    target += tuple(f"lists {item}" for item in items[asked] if f"never {item}" not in target)
     labels = (f"rules={rules}", f"people={people}")
-    return exercise("instructions", parts, f" {obedient(asked, items, given)}", target, labels)
+    return exercise(
+        "instructions", parts, f" {obedient(asked, items[asked], given)}", target, labels
+    )
 
 
-def draw_items(rng: Random) -> tuple[str, ...]:
-    """Draw what one person has, three to five items."""
-    return tuple(rng.sample(ITEMS, rng.randint(3, 5)))
+def deal_items(rng: Random, people: int) -> list[tuple[str, ...]]:
+    """Deal ITEMS_EACH items to each; no two people have the same."""
+    dealt = iter(rng.sample(ITEMS, people * ITEMS_EACH))
+    return list(zip(*[dealt] * ITEMS_EACH, strict=True))
 
 
 def draw_rules(rng: Random, count: int, items: tuple[str, ...]) -> tuple[Rule, ...]:
@@ -75,10 +81,15 @@ def draw_rules(rng: Random, count: int, items: tuple[str, ...]) -> tuple[Rule, .
     rules = (
         Rule("begin", begin, f"Begin with the word {begin}."),
         Rule("end", end, f"End with the word {end}."),
-        Rule("never", never, f"Never mention the {never}."),
+        never_mention(never),
         Rule("capitals", "", "Write in capitals."),
     )
     return tuple(rng.sample(rules, count))
+
+
+def never_mention(item: str) -> Rule:
+    """Return the rule that this item must be left out."""
+    return Rule("never", item, f"Never mention the {item}.")
 
 
 def split_of_answer(rules: tuple[Rule, ...], items: tuple[str, ...]) -> Split:
@@ -108,7 +119,8 @@ def question(name: str) -> str:
 def obedient(name: str, items: tuple[str, ...], rules: tuple[Rule, ...]) -> str:
     """Return the answer that lists the items and obeys every rule: ``hello Ana has: lamp done``."""
     word = {rule.kind: rule.word for rule in rules}
-    listed = ", ".join(item for item in items if item != word.get("never"))
+    banned = {rule.word for rule in rules if rule.kind == "never"}
+    listed = ", ".join(item for item in items if item not in banned)
     answer = " ".join(filter(None, (word.get("begin"), f"{name} has: {listed}", word.get("end"))))
     return answer.upper() if "capitals" in word else answer
 
