@@ -57,7 +57,7 @@ def solve_retrieval(sample: Sample) -> tuple[str, ...]:
 
 def solve_instructions(sample: Sample) -> tuple[str, ...]:
     name = re.search(r"What does (\w+) have\?\nA:$", sample.text)[1]
-    items = re.search(rf"^{name} has: (.*)\.$", sample.text, flags=re.MULTILINE)[1].split(", ")
+    items = re.search(rf"^{name} has (.*)\.$", sample.text, flags=re.MULTILINE)[1].split(", ")
     patterns = {
         "begin": r"Begin with the word (\w+)\.",
         "end": r"End with the word (\w+)\.",

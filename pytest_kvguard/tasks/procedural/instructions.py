@@ -107,8 +107,8 @@ def system_parts(rules: tuple[Rule, ...]) -> list[Part]:
 
 
 def belongings(name: str, items: tuple[str, ...]) -> str:
-    """Return the line ``Ana has: lamp, rope, coin.``."""
-    return f"{name} has: {', '.join(items)}.\n"
+    """Return the line ``Ana has lamp, rope, coin.``."""
+    return f"{name} has {', '.join(items)}.\n"
 
 
 def question(name: str) -> str:
@@ -117,11 +117,11 @@ def question(name: str) -> str:
 
 
 def obedient(name: str, items: tuple[str, ...], rules: tuple[Rule, ...]) -> str:
-    """Return the answer that lists the items and obeys every rule: ``hello Ana has: lamp done``."""
+    """Return the answer that lists the items and obeys every rule: ``hello Ana has lamp done``."""
     word = {rule.kind: rule.word for rule in rules}
     banned = {rule.word for rule in rules if rule.kind == "never"}
     listed = ", ".join(item for item in items if item not in banned)
-    answer = " ".join(filter(None, (word.get("begin"), f"{name} has: {listed}", word.get("end"))))
+    answer = " ".join(filter(None, (word.get("begin"), f"{name} has {listed}", word.get("end"))))
     return answer.upper() if "capitals" in word else answer
 
 

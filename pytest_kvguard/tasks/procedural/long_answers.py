@@ -57,9 +57,14 @@ def question_list(clauses: list[Clause]) -> str:
 
 
 def answer_list(clauses: list[Clause]) -> str:
-    """Return the numbered answers, each with its chain of thought, a line each."""
-    lines = (f"\n{i}. {worked([clause])}" for i, clause in enumerate(clauses, start=1))
-    return "".join(lines)
+    """Return the numbered answers, each with its chain of thought, a line each.
+
+    A line ends with what it was about, so that the next question is found where that one stands.
+    """
+    return "".join(
+        f"\n{i}. {worked([clause]).removesuffix('.')} in {clause.amount}."
+        for i, clause in enumerate(clauses, start=1)
+    )
 
 
 def share_of_right_answers(completion: str, sample: Sample) -> float:
