@@ -37,12 +37,12 @@ def test_the_summary_and_the_report_show_every_cell_alone_and_on_two_workers(sui
         result.stdout.fnmatch_lines(
             [
                 f"*= KV-cache sensitivity of {suite.model} =*",
-                "task * policy * ratio * held * n * base * kept * dP * interval * verdict",
-                "recall snapkv * 0.9 * 89% 24 1.000 * pass",
-                "recall snapkv * 0.25 * 23% 24 1.000 * FAIL",
-                "recall tova * 0.9 * 89% 24 1.000 * pass",
+                "task*policy*ratio*held*n*base*kept*dP*interval*-/+*verdict",
+                "recall*snapkv*0.9*89%*24*1.000*pass",
+                "recall*snapkv*0.25*23%*24*1.000*FAIL",
+                "recall*tova*0.9*89%*24*1.000*pass",
                 "recall snapkv@0.25*: FAIL: dP * lies below the limit -50.0%: * broke, 0 mended",
-                "2 pass, * FAIL",
+                "2 pass, 2 FAIL",
                 "report written to kv.json",
             ]
         )
