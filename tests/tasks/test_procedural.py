@@ -18,7 +18,7 @@ from pytest_kvguard.tasks.procedural.word_problems import draw_problem, stated_a
 
 DRAWS = {
     "facts": lambda rng: draw_fact(rng, 16),
-    "instructions": lambda rng: draw_question(rng, rng.randint(2, 4), 8),
+    "instructions": lambda rng: draw_question(rng, rng.randint(2, 4), 8, 20),
     "long_answers": lambda rng: draw_list(rng, 8, 12),
     "retrieval_facts": lambda rng: draw_document(rng, 40, 4),
     "word_problems": lambda rng: draw_problem(rng, rng.randint(1, 4), 8),
@@ -138,7 +138,7 @@ def test_a_task_has_a_hundred_different_samples_that_end_with_a_short_question(n
         kinds = [part.kind for part in sample.parts]
         assert kinds.index("question") == len(kinds) - 1
         words = re.findall(r"\w+|[^\w\s]", sample.text)
-        assert len(words) > 120
+        assert len(words) > 150
         assert len(re.findall(r"\w+|[^\w\s]", sample.parts[-1].text)) < len(words) / 4
 
 

@@ -15,6 +15,7 @@ from pytest_kvguard.tasks.procedural.exercises import (
     exercise,
     split_of,
 )
+from pytest_kvguard.tasks.procedural.retrieval_facts import filler
 from pytest_kvguard.tasks.procedural.words import ENDINGS, ITEMS, NAMES, OPENINGS
 
 INTRODUCTION = "Obey these rules in every answer."
@@ -30,23 +31,29 @@ class Rule:
     sentence: str
 
 
-def instructions(*, n: int = 100, rules: int = 3, people: int = 10, seed: int = 0) -> Task:
-    """Return ``n`` questions under ``rules`` (2..4) rules about ``people`` (1..10) people."""
+def instructions(
+    *, n: int = 100, rules: int = 3, people: int = 10, sentences: int = 20, seed: int = 0
+) -> Task:
+    """Return ``n`` questions under ``rules`` (2..4) rules about ``people`` (1..10) people.
+
+    What the people have stands among ``sentences`` (0..100) that tell nothing about them.
+    """
     check_between("rules", rules, 2, 4)
     check_between("people", people, 1, len(ITEMS) // ITEMS_EACH)
+    check_between("sentences", sentences, 0, 100)
     return Task(
         name="instructions",
         ability="instructions",
-        samples=draw_samples(lambda rng: draw_question(rng, rules, people), n, seed),
+        samples=draw_samples(lambda rng: draw_question(rng, rules, people, sentences), n, seed),
         scorer=share_of_rules_obeyed,
         max_new_tokens=40,
         stop=(STOP,),
         source="procedural",
-        params={"rules": rules, "people": people, "seed": seed},
+        params={"rules": rules, "people": people, "sentences": sentences, "seed": seed},
     )
 
 
-def draw_question(rng: Random, rules: int, people: int) -> Exercise:
+def draw_question(rng: Random, rules: int, people: int, sentences: int) -> Exercise:
     """Draw one question of the test split."""
     names = rng.sample(NAMES, people)
     while True:
@@ -55,11 +62,7 @@ def draw_question(rng: Random, rules: int, people: int) -> Exercise:
         given = draw_rules(rng, rules, items[asked])
         if split_of_answer(given, items[asked]) == "test":
             break
-    parts = system_parts(given)
-    parts += [
-        Part("document", belongings(name, has), unit=f"sentence {i}")
-        for i, (name, has) in enumerate(items.items())
-    ]
+    parts = [*system_parts(given), *document_parts(rng, items, sentences)]
     parts.append(Part("question", f"\nQ: {question(asked)}\nA:"))
     target = tuple(f"{rule.kind} {rule.word}" for rule in given)
     target += tuple(f"lists {item}" for item in items[asked] if f"never {item}" not in target)
@@ -104,6 +107,14 @@ def system_parts(rules: tuple[Rule, ...]) -> list[Part]:
         end = "\n\n" if rule is rules[-1] else ""
         parts.append(Part("system", f" {rule.sentence}{end}", unit=f"rule {rule.kind}"))
     return parts
+
+
+def document_parts(rng: Random, items: Mapping[str, tuple[str, ...]], sentences: int) -> list[Part]:
+    """Scatter what people have among filler, a line and a unit each."""
+    lines = [belongings(name, has) for name, has in items.items()]
+    lines += [f"{filler(rng)}\n" for _ in range(sentences)]
+    rng.shuffle(lines)
+    return [Part("document", line, unit=f"sentence {i}") for i, line in enumerate(lines)]
 
 
 def belongings(name: str, items: tuple[str, ...]) -> str:
