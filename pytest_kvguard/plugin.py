@@ -80,13 +80,13 @@ def _register(config: pytest.Config) -> None:
 
     if config.stash.get(REGISTERED, False):
         return
-    config.stash[REGISTERED] = True
     for policies in config.hook.pytest_kvguard_policies():
         for name, policy in policies.items():
             register_policy(name, policy)
     for tasks in config.hook.pytest_kvguard_tasks():
         for name, task in tasks.items():
             register_task(name, task)
+    config.stash[REGISTERED] = True
 
 
 def _note(metafunc: pytest.Metafunc, problem: KVGuardError) -> None:
@@ -171,10 +171,10 @@ def kv_cache(
     from pytest_kvguard.harness.cache import compress_text
     from pytest_kvguard.policies import get_policy
 
-    _register(request.config)
-
     def compress(text: str, *, policy: str, ratio: float) -> "CompressedCache":
-        return compress_text(kv_model, text, get_policy(policy), options.keep_ratio(str(ratio)))
+        _register(request.config)
+        keep = options.keep_ratio(str(ratio))
+        return compress_text(kv_model, text, get_policy(policy), keep)
 
     return compress
 

@@ -109,7 +109,7 @@ class Session:
         found = done[cell]
         spec, base = str(cell.policy), found.baseline
         if found.given_up is not None:
-            record = not_run(base, cell.policy.name, spec, cell.ratio, found.given_up)
+            record = not_run(base, cell.policy, cell.ratio, plan.max_drop, found.given_up)
             return Measurement(None, record, found.given_up)
         comparison = Comparison(base, found.runs[0], plan.max_drop, mode=self.settings.mode)
         return Measurement(comparison, to_cell(comparison, spec), comparison.weakness)

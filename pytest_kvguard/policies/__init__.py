@@ -41,9 +41,11 @@ def get_policy(spec: Spec | str) -> Policy:
 
 
 def register_policy(name: str, factory: Callable[..., Policy]) -> None:
-    """Make a policy known under a name that can be typed; raise InvalidArgument if it is taken."""
+    """Add a policy under a name that is still free, or again under its own.
+
+    Raises InvalidArgument for a name that cannot be typed in a spec, or is taken.
+    """
     if not name.isidentifier():
         raise InvalidArgument(f"a policy name must be a Python identifier, got {name!r}")
-    if name in POLICIES or name == "full":
+    if name == "full" or POLICIES.setdefault(name, factory) is not factory:
         raise InvalidArgument(f"the policy name {name!r} is taken; choose another")
-    POLICIES[name] = factory

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.specs import Spec
 
 if TYPE_CHECKING:
     from pytest_kvguard.harness.compare import Comparison
@@ -86,13 +87,13 @@ def to_cell(comparison: "Comparison", spec: str | None = None) -> Cell:
     return finite
 
 
-def not_run(base: "Run", policy: str, spec: str, ratio: float, reason: str) -> Cell:
+def not_run(base: "Run", spec: Spec, ratio: float, max_drop: float, reason: str) -> Cell:
     """Return a cell that was given up before it ran, for the reason that is given."""
     return Cell(
         task=base.task,
-        policy=policy,
-        spec=spec,
-        params={},
+        policy=spec.name,
+        spec=str(spec),
+        params=dict(spec.params),
         ratio=ratio,
         protocol=base.protocol,
         n=len(base.scores),
@@ -109,7 +110,7 @@ def not_run(base: "Run", policy: str, spec: str, ratio: float, reason: str) -> C
         verdict="refused",
         skipped=True,
         reason=reason,
-        max_drop=0.0,
+        max_drop=max_drop,
         samples_needed=None,
         fidelity=None,
         counts=dataclasses.asdict(base.counts),
