@@ -65,7 +65,17 @@ class Comparison:
         if self.refusal:
             return None
         # The fewer the better: then there is no chance level to stay clear of, only zero.
-        return stats.too_weak(self._base, self.base.chance if self.base.higher_is_better else 0.0)
+        chance = self.base.chance if self.base.higher_is_better else 0.0
+        return stats.too_weak(self._base, chance) or self._limit_within_guessing(chance)
+
+    def _limit_within_guessing(self, chance: float) -> str | None:
+        allowed = self.base.mean * (1 - self.max_drop)
+        if allowed > chance:
+            return None
+        return (
+            f"guessing scores {chance:.3f}, which is within the limit of a baseline that scores "
+            f"{self.base.mean:.3f}; use a stronger model, an easier task or a smaller limit"
+        )
 
     @cached_property
     def dp(self) -> float:
@@ -145,8 +155,8 @@ class Comparison:
         return None if needed is None else _two_digits(needed)
 
     def __repr__(self) -> str:
-        if self.refusal or self.held is None:
-            return f"<{self.kept.label}: refused: {self.refusal}>"
+        if self.refusal or self.held is None or self.observed is None:
+            return f"<{self.kept.label}: refused: {self.refusal or self.weakness}>"
         outcome = f"{self.verdict}: {self.weakness}" if self.weakness else self.verdict
         return (
             f"<{self.kept.label}: {self.base.mean:.3f} -> {self.kept.mean:.3f}, dP {self._change}, "
@@ -173,6 +183,8 @@ class Comparison:
             )
         if self.kept.truncated > self.base.truncated:
             yield f"{self.kept.truncated} answers truncated, {self.base.truncated} at baseline"
+        if self.base.disagreements:
+            yield f"{self.base.disagreements} baseline answers hang on rounding"
 
     @property
     def _change(self) -> str:
@@ -201,8 +213,8 @@ class Comparison:
         )
 
     def _must_be_comparable(self) -> None:
-        if self.refusal:
-            raise Refused(f"{self.kept.label}: {self.refusal}")
+        if self.refusal or self.observed is None:
+            raise Refused(f"{self.kept.label}: {self.refusal or self.weakness}")
 
 
 def _two_digits(count: int) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.kv.grid import Prompt
+from pytest_kvguard.policies.base import Unit
 from pytest_kvguard.tasks.base import Kind, Sample, Task
 from pytest_kvguard.tasks.prompt import Message, render
 from pytest_kvguard.tasks.tokens import context_length, token_kinds, token_spans, unit_positions
@@ -40,6 +41,12 @@ def encode(
     return [_encode(sample, tokenizer, chat, ahead, protect) for sample in samples]
 
 
+def _within(length: int, units: Sequence[Unit]) -> tuple[Unit, ...]:
+    """Leave out what lies behind the part that is compressed."""
+    clipped = (tuple(span for span in unit if span.stop <= length) for unit in units)
+    return tuple(unit for unit in clipped if unit)
+
+
 def _encode(
     sample: Sample, tokenizer: Any, chat: bool, ahead: bool, protect: Collection[str]
 ) -> Prompt:
@@ -63,6 +70,6 @@ def _encode(
         ids=tuple(tokens["input_ids"]),
         context=context,
         ahead=ahead,
-        units=unit_positions(rendered.spans, owners),
+        units=_within(context if ahead else len(owners), unit_positions(rendered.spans, owners)),
         protected=tuple(at for at, kind in enumerate(kinds) if kind in protect),
     )

@@ -1,6 +1,5 @@
 """Put a task to a model, with its full cache and under every cell, and mark the answers."""
 
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,7 +24,6 @@ class Measured:
     baseline: Run
     runs: tuple[Run, ...]  # one for each cell, in their order; none when given up
     given_up: str | None = None  # why the cells were not run
-    disagreements: int = 0  # samples whose baseline rounds differently when read in one go
 
 
 class Bench:
@@ -62,19 +60,14 @@ class Bench:
             task.max_new_tokens, self.loaded.eos, task.stop, self.loaded.decode
         )
 
-        def mark(answers: Mapping[int, decode.Answer]) -> dict[str, float]:
-            return {
-                samples[i].id: task.scorer(stopping.text(answers[i].tokens), samples[i])
-                for i in sorted(answers)
-            }
-
+        mark = _Marking(task, samples, stopping)
         # The fewer the better: then there is no chance level to stay clear of, only zero.
         chance = task.chance if task.higher_is_better else 0.0
 
         def go_on(answers: Mapping[int, decode.Answer]) -> bool:
-            return hopeless(list(mark(answers).values()), chance) is None
+            marks, failure = mark(answers)
+            return failure is not None or hopeless(list(marks.values()), chance) is None
 
-        started = time.perf_counter()
         grid = self.engine.run(
             prompts, cells, stopping, first=TRIAL, go_on=go_on, progress=progress
         )
@@ -86,7 +79,7 @@ class Bench:
             ratio=1.0,
             protocol=protocol,
             scores={},
-            seconds=time.perf_counter() - started,
+            disagreements=grid.disagreements,
             chance=task.chance,
             higher_is_better=task.higher_is_better,
         )
@@ -96,7 +89,28 @@ class Bench:
             reason = hopeless(list(baseline.scores.values()), chance)
             return Measured(baseline, (), reason)
         runs = tuple(record.cell(cell, grid.cells[i]) for i, cell in enumerate(cells))
-        return Measured(baseline, runs, None, grid.disagreements)
+        return Measured(baseline, runs)
+
+
+@dataclass(frozen=True)
+class _Marking:
+    """Marks answers; a scorer is other people's code and fails the run it fails on, no other."""
+
+    task: Task
+    samples: Sequence[Sample]
+    stopping: decode.Stopping
+
+    def __call__(self, answers: Mapping[int, decode.Answer]) -> tuple[dict[str, float], str | None]:
+        """Return the marks by sample id, and what went wrong with the first that has none."""
+        marks: dict[str, float] = {}
+        for index in sorted(answers):
+            sample, text = self.samples[index], self.stopping.text(answers[index].tokens)
+            try:
+                marks[sample.id] = self.task.scorer(text, sample)
+            except Exception as problem:
+                why = f"{type(problem).__name__}: {problem}"
+                return marks, f"the scorer failed on sample {sample.id} and {text[:60]!r}: {why}"
+        return marks, None
 
 
 @dataclass(frozen=True)
@@ -105,14 +119,16 @@ class _Recorder:
 
     samples: Sequence[Sample]
     stopping: decode.Stopping
-    mark: Callable[[Mapping[int, decode.Answer]], dict[str, float]]
+    mark: _Marking
     grid: Grid
     blank: Run
 
     def run(self, outcome: Outcome) -> Run:
+        scores, failure = self.mark(outcome.answers)
         return replace(
             self.blank,
-            scores=self.mark(outcome.answers),
+            scores=scores,
+            error=failure,
             answers={
                 self.samples[i].id: Answer(
                     text=self.stopping.text(answer.tokens),
@@ -130,16 +146,17 @@ class _Recorder:
         )
 
     def cell(self, cell: Cell, outcome: Outcome) -> Run:
-        error = None
+        run = self.run(outcome)
+        error = run.error
         if outcome.problem is not None:
             index, why = outcome.problem
             error = f"sample {self.samples[index].id}: {why}"
         return replace(
-            self.run(outcome),
+            run,
             policy=cell.policy.name,
             params=dict(cell.policy.params),
             ratio=cell.ratio,
-            evicted=cell.decode is not None,
+            evicted=outcome.evicted > 0,
             error=error,
         )
 

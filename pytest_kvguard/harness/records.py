@@ -35,9 +35,9 @@ class Held:
 class Counts:
     """What a run cost the model."""
 
-    prefills: int = 0  # prompts or contexts prefilled
-    forwards: int = 0  # calls of the model, prefills among them
-    tokens: int = 0  # tokens fed to it, over all rows
+    prefills: int = 0  # prompts or contexts prefilled, once for all cells of a task
+    forwards: int = 0  # passes of the model that carried rows of this run, prefills not among them
+    tokens: int = 0  # tokens of this run's rows that were fed, the prefilled prompt not among them
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
@@ -69,13 +69,16 @@ class Run:
     protocol: Protocol
     scores: Mapping[str, float]  # by sample id, [0, 1]
     answers: Mapping[str, Answer] = field(default_factory=dict)  # by sample id
-    held: Held | None = None  # None: not measured, as for the baseline
-    bytes_full: int = 0  # of keys and values with the full cache, summed over samples
+    held: Held | None = None  # None: not measured
+    bytes_full: int = (
+        0  # of the positions' keys and values with the full cache, summed over samples
+    )
     bytes_held: int = 0  # of what was held instead
     counts: Counts = Counts()
     fidelity: Fidelity | None = None  # None for the baseline
     seconds: float = 0.0
     evicted: bool = False  # whether a generated token was evicted while decoding
+    disagreements: int = 0  # baseline answers that round otherwise when read in one pass
     error: str | None = None  # why the run ended before its time
     ability: str = ""  # the task's
     chance: float = 0.0  # the task's: what guessing scores

@@ -16,13 +16,11 @@ def refusals(base: Run, kept: Run) -> Iterator[str]:
     yield from _mismatches(base, kept)
     if not base.scores:
         yield "no sample was run"
-    elif base.mean == 0:
-        way_out = (
-            "use an easier task or a stronger model"
-            if base.higher_is_better
-            else "score the opposite, 1 - score, with higher_is_better=True"
+    elif base.mean == 0 and not base.higher_is_better:
+        yield (
+            f"the baseline scores 0 on all {len(base.scores)} samples, dP is undefined; "
+            f"score the opposite, 1 - score, with higher_is_better=True"
         )
-        yield f"the baseline scores 0 on all {len(base.scores)} samples, dP is undefined; {way_out}"
     yield from _vacuities(kept)
 
 
@@ -52,5 +50,5 @@ def _vacuities(kept: Run) -> Iterator[str]:
     if kept.held.mean > kept.ratio + ROUNDING:  # layers may share a budget unequally
         yield (
             f"{kept.held.mean:.2%} of the prompts was held where {kept.ratio:.2%} was asked for; "
-            f"the policy breaks its budget"
+            f"the policy exceeds its budget, or the ratio is less than one token of the prompt"
         )

@@ -20,8 +20,9 @@ from pytest_kvguard.kv.evicting import Decoding, evicting
 from pytest_kvguard.kv.grid import Cell, Grid, Outcome, Prompt
 from pytest_kvguard.kv.prefill import Observe, Prefill, prefill
 from pytest_kvguard.kv.rope import Rotation, find_rotation
-from pytest_kvguard.kv.rows import GrowingLayer, LayerFactory, Rows
+from pytest_kvguard.kv.rows import GROWTH, GrowingLayer, LayerFactory, Rows
 from pytest_kvguard.kv.seam import Seam
+from pytest_kvguard.kv.selfcheck import check_faithful
 from pytest_kvguard.policies.base import LayerState, Policy
 
 LOGIT_BYTES = 12  # a float32 logit, its log-softmax, and the reference's
@@ -68,6 +69,7 @@ class Engine:
         self.seam = seam
         self.memory = memory
         self._rotation: Rotation | None = None
+        self._faithful = False
 
     def run(
         self,
@@ -84,13 +86,15 @@ class Engine:
         After the first ``first`` answers of the full cache, ``go_on`` may end the run.
         ``progress`` hears answers done and in all.
         """
+        self._check(prompts)
         grid = Grid(Outcome(), {index: Outcome() for index in range(len(cells))})
         total = len(prompts) * (1 + len(cells))
         done = 0
         with self.seam.open():
             for wave in self._waves(prompts, cells, grid, first):
+                on_trial = len(grid.baseline.answers) < first
                 self._baseline(wave, grid, stopping)
-                if done == 0 and not go_on(grid.baseline.answers):
+                if on_trial and not go_on(grid.baseline.answers):
                     grid.abandoned = True
                     break
                 for part in chunks(wave, self._draft_bytes(grid), self.memory // SHARE):
@@ -98,6 +102,12 @@ class Engine:
                     done += len(part) * (1 + len(cells))
                     progress(done, total)
         return grid
+
+    def _check(self, prompts: Sequence[Prompt]) -> None:
+        """See once that the model answers through us as it does by itself."""
+        if not self._faithful and prompts:
+            check_faithful(self.seam, max(prompts, key=lambda prompt: len(prompt.ids)).ids)
+            self._faithful = True
 
     def _waves(
         self, prompts: Sequence[Prompt], cells: Sequence[Cell], grid: Grid, first: int
@@ -131,7 +141,7 @@ class Engine:
 
     def _baseline(self, wave: Sequence[_Held], grid: Grid, stopping: Stopping) -> None:
         """Let the full cache answer a wave of prompts."""
-        for batch in chunks(wave, lambda held: held.full.bytes, self.memory // SHARE):
+        for batch in chunks(wave, lambda held: _grown(held, stopping.most), self.memory // SHARE):
             started = perf_counter()
             answers = [Answer() for _ in batch]
             full = [held.full for held in batch]
@@ -166,13 +176,12 @@ class Engine:
         )
         for together in _decoding_alike(cells):
             jobs = [job for d in drafts for job in _select(d, together, cells, grid)]
-            for batch in chunks(jobs, self._row_bytes, self.memory // SHARE):
-                self._answer(batch, cells, grid, stopping)
-
-    def _row_bytes(self, job: _Job) -> int:
-        full = job.draft.held.full.bytes
-        share = max(job.budgets) / max(1, job.draft.held.prompt.compressed)
-        return int(full * share) + job.draft.logits.numel() * LOGIT_BYTES
+            for batch in chunks(jobs, _row_bytes, self.memory // SHARE):
+                try:
+                    self._answer(batch, cells, grid, stopping)
+                except Exception as problem:  # other people's code: its cells fail alone
+                    for job in batch:
+                        _fail(grid.cells[job.cell], job.draft.held, problem)
 
     def _answer(
         self, batch: Sequence[_Job], cells: Sequence[Cell], grid: Grid, stopping: Stopping
@@ -185,6 +194,7 @@ class Engine:
         make = self._layers(batch, cells, stopping)
         rows = Rows(kept, make)
         logits = score_draft(self.seam, rows, tails, [job.draft.tokens for job in batch])
+        evicted = rows.evicted
         answers = [
             judge(own, job.draft.logits, job.draft.tokens, len(tail))
             for own, job, tail in zip(logits, batch, tails, strict=True)
@@ -209,6 +219,7 @@ class Engine:
             for i in mine:
                 held = batch[i].draft.held
                 _record(grid.cells[cell], held, held.full, kept[i], answers[i])
+            grid.cells[cell].evicted += sum(evicted[i] for i in mine)
 
     def _rotation_for(self, policy: Policy) -> Rotation | None:
         if not policy.rerotate:
@@ -279,9 +290,27 @@ def _select(
             masks = keep_masks(cell.policy, ratings, states, cell.ratio)
             budgets = [cell.policy.budget(state, cell.ratio) for state in states]
         except Exception as problem:  # other people's code: its cell fails alone
-            outcome.problem = held.index, f"{type(problem).__name__}: {problem}"
+            _fail(outcome, held, problem)
             continue
         yield _Job(draft, index, masks, budgets)
+
+
+def _fail(outcome: Outcome, held: _Held, problem: Exception) -> None:
+    if outcome.problem is None:
+        outcome.problem = held.index, f"{type(problem).__name__}: {problem}"
+
+
+def _grown(held: _Held, new: int) -> int:
+    """Bytes of a full row with ``new`` generated tokens."""
+    return held.full.bytes * (held.prompt.compressed + new) // max(1, held.prompt.fed)
+
+
+def _row_bytes(job: _Job) -> int:
+    """Bytes a row takes: what is held, what its draft adds, and the draft's logits."""
+    prompt = job.draft.held.prompt
+    tokens = max(job.budgets) + len(prompt.tail) + len(job.draft.tokens) + GROWTH
+    caches = job.draft.held.full.bytes * tokens // max(1, prompt.fed)
+    return caches + job.draft.logits.numel() * LOGIT_BYTES
 
 
 def _kept(job: _Job, rotation: Rotation | None) -> Kept:

@@ -52,7 +52,7 @@ class EvictingLayer:
         self.sums: Tensor | None = None
         if decoding.eviction.accumulate:
             self.sums = stack([_sums(layer) for layer in kept], slots)
-        self.peak = self._held()
+        self.freed = torch.zeros(len(kept), dtype=torch.long, device=self.keys.device)  # (R,)
 
     def attend(self, step: Step, asking: Tensor, writing: Tensor) -> Tensor:
         """Take the new tokens one by one: write, attend, evict."""
@@ -63,7 +63,6 @@ class EvictingLayer:
             mask = visible(self.positions, asking[:, None, new])
             attention = weights(step.query[:, :, new], self.keys, mask, step.scaling)
             seen.append(self._mix(attention))
-            self.peak = torch.maximum(self.peak, self._held())
             self._evict(attention[:, :, 0], writing[:, at])
         return torch.cat(seen, dim=2)
 
@@ -72,10 +71,7 @@ class EvictingLayer:
         self.keys, self.values = self.keys[rows], self.values[rows]
         self.positions, self.budget = self.positions[rows], self.budget[rows]
         self.sums = None if self.sums is None else self.sums[rows]
-        self.peak, self.decoding = self.peak[rows], self.decoding.take(rows)
-
-    def _held(self) -> Tensor:
-        return (self.positions != EMPTY).sum(dim=-1).amax(dim=-1)  # (R,)
+        self.freed, self.decoding = self.freed[rows], self.decoding.take(rows)
 
     def _write(self, key: Tensor, value: Tensor, position: Tensor) -> None:
         """Put one token a row into a free slot of each head; padding is dropped."""
@@ -115,6 +111,7 @@ class EvictingLayer:
         )
         slot = victims(decoding.eviction, state)  # (R, Hkv)
         gone = (slot != EMPTY) & (newest != EMPTY)[:, None]
+        self.freed += gone.sum(dim=1)
         index = slot.clamp(min=0).unsqueeze(-1)
         position = self.positions.gather(2, index)
         if decoding.rotation is not None:  # what came before the gap moves up by one

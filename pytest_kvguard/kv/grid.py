@@ -85,6 +85,7 @@ class Outcome:
     forwards: int = 0  # passes that carried at least one of this cell's rows
     tokens: int = 0  # tokens of this cell's rows that went through the model
     seconds: float = 0.0  # of the batches it was in, shared by tokens
+    evicted: int = 0  # generated or fed tokens, and prompt tokens, that went while decoding
     problem: tuple[int, str] | None = None  # a prompt that could not be measured, and why
 
 

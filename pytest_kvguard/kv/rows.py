@@ -26,6 +26,7 @@ class RowLayer(Protocol):
 
     keys: Tensor  # (R, Hkv, C, D)
     positions: Tensor  # (R, Hkv, C), EMPTY where a slot is free
+    freed: Tensor  # (R,) slots that were emptied while decoding, over all heads
 
     def attend(self, step: Step, asking: Tensor, writing: Tensor) -> Tensor:
         """Write new tokens and attend; asking, writing: (R, Q) positions -> (R, Hq, Q, D).
@@ -50,6 +51,7 @@ class GrowingLayer:
         self.keys = stack([layer.keys for layer in kept], self.used)  # (R, Hkv, C, D)
         self.values = stack([layer.values for layer in kept], self.used)
         self.positions = stack([layer.positions for layer in kept], self.used, EMPTY)
+        self.freed = torch.zeros(len(kept), dtype=torch.long, device=self.keys.device)
 
     def attend(self, step: Step, asking: Tensor, writing: Tensor) -> Tensor:
         """Append the new tokens and attend in one go."""
@@ -65,7 +67,7 @@ class GrowingLayer:
     def take(self, rows: Tensor) -> None:
         """Go on with these rows only."""
         self.keys, self.values = self.keys[rows], self.values[rows]
-        self.positions = self.positions[rows]
+        self.positions, self.freed = self.positions[rows], self.freed[rows]
 
     def forget(self, first: Tensor) -> None:
         """Empty the slots of each row from position ``first`` (R,) on."""
@@ -115,6 +117,12 @@ class Rows:
         logits = seam.forward(ids, asking, attending, last=last)
         self.next = self.next + counts
         return logits
+
+    @property
+    def evicted(self) -> list[int]:
+        """How many slots each row emptied while decoding, over all layers and heads."""
+        freed = torch.stack([layer.freed for layer in self.layers.values()])  # (layers, R)
+        return [int(count) for count in freed.sum(dim=0)]
 
     def take(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""

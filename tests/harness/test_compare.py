@@ -122,7 +122,10 @@ def test_a_drop_of_exactly_the_limit_is_within_it():
 
 REFUSED = {
     "nothing was evicted": (None, kept(held=Held(1, 1, 1), ratio=1.0, bytes_held=80)),
-    "scores 0 on all 50 samples.*stronger model": (base(0), kept(0)),
+    "scores 0 on all 50 samples.*1 - score": (
+        base(0, higher_is_better=False),
+        kept(0, higher_is_better=False),
+    ),
     "no sample was run": (base(0, 0), kept(0, 0)),
     "not answer the same samples: s47, s48, s49$": (base(40, 47), kept(40)),
     "same samples: s03, s04, s05 and 44 more": (base(2), kept(2, 3)),
@@ -173,6 +176,27 @@ def test_a_baseline_at_chance_is_a_weakness_and_proves_nothing():
     assert not c.holds
     assert c.dp == 0
     assert repr(c).endswith(f"24% held: refused: {c.weakness}>")
+
+
+def test_a_baseline_that_scores_nothing_is_a_weakness_and_has_no_dp():
+    c = compare(base(0), kept(0))
+    assert c.refusal is None
+    assert c.weakness
+    assert c.verdict == "refused"
+    with pytest.raises(Refused, match="stronger model"):
+        assert c.dp == 0
+    assert repr(c).endswith(f"refused: {c.weakness}>")
+
+
+def test_a_limit_that_guessing_would_pass_is_a_weakness():
+    c = compare(base(40, 100, chance=0.25), kept(26, 100), max_drop=0.4)
+    assert "guessing scores 0.250" in c.weakness
+    assert not c.holds
+    assert compare(base(40, 100, chance=0.25), kept(26, 100), max_drop=0.3).weakness is None
+
+
+def test_answers_that_hang_on_rounding_are_told():
+    assert "2 baseline answers hang on rounding" in compare(base(40, disagreements=2)).reason
 
 
 def test_a_fail_says_what_was_lost():
