@@ -63,11 +63,12 @@ def load(name: str, *, device: str = "auto", dtype: str = "float32") -> Loaded:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], **extra)
-        except (OSError, ValueError) as problem:
-            first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        except Exception as problem:  # a hub, a file or a parser may fail in any way
+            said = " ".join(str(problem).split()) or type(problem).__name__
+            first = said if len(said) <= 300 else f"{said[:297]}..."
             raise Unavailable(
                 f"cannot load model {name!r}: {first} (give a hub id that is reachable, a folder "
-                f"with config.json and weights, a .gguf file, or {SMOLLM2!r})"
+                f"with config.json and weights, a .gguf file, {REASONER!r} or {SMOLLM2!r})"
             ) from problem
     return wrap(model.to(where), tokenizer, name=name)
 
@@ -83,7 +84,9 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InvalidArgument(f"device must be auto, cpu or cuda[:n], got {name!r}") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InvalidArgument(f"device must be auto, cpu or cuda[:n], got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InvalidArgument(f"device {name!r} was asked for, but torch sees no GPU; use cpu")
     return device

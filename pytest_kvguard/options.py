@@ -240,8 +240,10 @@ def settings(config: pytest.Config) -> Settings:
 
 
 def any_given(config: pytest.Config) -> bool:
-    """Whether the command line names any of our options."""
-    return any(config.getoption(option.ini) is not None for option in OPTIONS)
+    """Whether the command line or the ini file names any of our options."""
+    return any(
+        config.getoption(option.ini) is not None or config.getini(option.ini) for option in OPTIONS
+    )
 
 
 def _value(config: pytest.Config, option: Option) -> Any:

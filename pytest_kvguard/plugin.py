@@ -1,13 +1,15 @@
 """The pytest plugin: options, marker, fixtures and the summary. Decides nothing itself."""
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_kvguard import marker, options
-from pytest_kvguard.errors import KVGuardError
+from pytest_kvguard.errors import InvalidArgument, KVGuardError
 from pytest_kvguard.report import summary
 from pytest_kvguard.report.progress import reporter
 from pytest_kvguard.report.table import table
@@ -76,16 +78,21 @@ def _cells(metafunc: pytest.Metafunc, mark: pytest.Mark | None, session: Session
 def _register(config: pytest.Config) -> None:
     """Take in what other packages add, once."""
     from pytest_kvguard.policies import register_policy
+    from pytest_kvguard.session import unregister
     from pytest_kvguard.tasks import register_task
 
     if config.stash.get(REGISTERED, False):
         return
-    for policies in config.hook.pytest_kvguard_policies():
-        for name, policy in policies.items():
-            register_policy(name, policy)
-    for tasks in config.hook.pytest_kvguard_tasks():
-        for name, task in tasks.items():
-            register_task(name, task)
+    for found, register in (
+        (config.hook.pytest_kvguard_policies(), register_policy),
+        (config.hook.pytest_kvguard_tasks(), register_task),
+    ):
+        for factories in found:
+            if not isinstance(factories, Mapping):
+                raise InvalidArgument(f"a hook must return factories by name, got {factories!r}")
+            for name, factory in factories.items():
+                register(name, factory)
+                config.add_cleanup(partial(unregister, name))
     config.stash[REGISTERED] = True
 
 
@@ -186,8 +193,10 @@ def _measure(
     session = request.config.stash[SESSION]
     with _plainly():
         found = session.measure(loaded, plan, cell, reporter(request.config))
-    request.node.user_properties.append((summary.PROPERTY, summary.packed(loaded.name, found.cell)))
+    request.node.user_properties.append((summary.PROPERTY, json.dumps(found.cell)))
     if found.weakness is not None:
+        if session.settings.mode == "proved":
+            pytest.fail(found.weakness, pytrace=False)
         pytest.skip(found.weakness)
     assert found.comparison is not None  # only a weak model leaves none
     return found.comparison

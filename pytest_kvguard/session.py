@@ -107,12 +107,20 @@ class Session:
             fresh = [name for name in wanted if name not in done]
             done.update(self._run(loaded, task, plan, fresh, progress))
         found = done[cell]
-        spec, base = str(cell.policy), found.baseline
+        base = found.baseline
         if found.given_up is not None:
-            record = not_run(base, cell.policy, cell.ratio, plan.max_drop, found.given_up)
+            record = not_run(
+                base,
+                cell.policy,
+                cell.ratio,
+                model=loaded.name,
+                max_drop=plan.max_drop,
+                reason=found.given_up,
+            )
             return Measurement(None, record, found.given_up)
         comparison = Comparison(base, found.runs[0], plan.max_drop, mode=self.settings.mode)
-        return Measurement(comparison, to_cell(comparison, spec), comparison.weakness)
+        record = to_cell(comparison, model=loaded.name, spec=str(cell.policy))
+        return Measurement(comparison, record, comparison.weakness)
 
     def _run(
         self,
@@ -148,6 +156,15 @@ class Session:
             name: replace(measured, runs=(run,))
             for name, run in zip(names, measured.runs, strict=True)
         }
+
+
+def unregister(name: str) -> None:
+    """Forget a policy or task that a hook added, when its session ends."""
+    from pytest_kvguard.policies import POLICIES
+    from pytest_kvguard.tasks import TASKS
+
+    POLICIES.pop(name, None)
+    TASKS.pop(name, None)
 
 
 def _key(task: Any) -> str:

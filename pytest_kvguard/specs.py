@@ -48,11 +48,11 @@ def parse(text: str) -> Spec:
 
 
 def split(text: str) -> list[str]:
-    """Split at the commas outside parentheses; empty pieces are dropped."""
+    """Split at the commas and line ends outside parentheses; empty pieces are dropped."""
     pieces, depth, start = [], 0, 0
     for at, char in enumerate(text):
         depth += {"(": 1, ")": -1}.get(char, 0)
-        if char == "," and depth == 0:
+        if char in ",\n" and depth == 0:
             pieces.append(text[start:at])
             start = at + 1
     pieces.append(text[start:])

@@ -25,7 +25,7 @@ OURS = {
     "harness.refusals": {"harness.records"},
     "harness.compare": {"harness.records", "harness.refusals", "harness.stats", "errors"},
     "harness": {"kv", "models", "policies", "tasks", "errors"},
-    "report": {"harness.compare", "harness.records", "errors"},
+    "report": {"harness.compare", "harness.records", "specs", "errors"},
     "states": {"policies"},
     "laws": {"states", "policies", "errors"},
     "options": {"specs", "errors"},

@@ -9,7 +9,7 @@ from torch import Tensor
 from pytest_kvguard.errors import InvalidArgument, Refused
 from pytest_kvguard.policies.base import Budget, LayerState
 from pytest_kvguard.policies.parameters import check_count
-from pytest_kvguard.policies.units import must_stay
+from pytest_kvguard.policies.units import check_units, must_stay
 
 SLACK = 1e-9
 """0.29 * 100 is 28.999999999999996; what is this close to a whole number is one."""
@@ -41,7 +41,11 @@ def keep_ratio(state: LayerState, ratio: float) -> int:
 
 
 def keep_ratio_of_units(state: LayerState, ratio: float) -> int:
-    """Like `keep_ratio`, where positions outside all units count as protected too."""
+    """Like `keep_ratio`, where positions outside all units count as protected too.
+
+    Raises InvalidArgument for a prompt without units.
+    """
+    check_units(state)
     return _holding(int(must_stay(state).sum()), "protected or in no unit", state, ratio)
 
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pytest_kvguard.errors import InvalidArgument, Refused
+from pytest_kvguard.errors import Refused
 from pytest_kvguard.policies.base import LayerState, Selector
 from pytest_kvguard.policies.parameters import check_choice, check_count
-from pytest_kvguard.policies.units import must_stay, positions_of
+from pytest_kvguard.policies.units import check_units, must_stay, positions_of
 
 HUGE = torch.finfo(torch.float32).max
 
@@ -58,11 +58,7 @@ def whole_units(rule: str = "skip") -> Selector:
     check_choice("rule", rule, ("skip", "stop"))
 
     def select(importance: Tensor, n: int, state: LayerState) -> Tensor:
-        if not state.units:
-            raise InvalidArgument(
-                "this prompt has no units to keep whole: its task marks none; "
-                "use a policy that keeps tokens, such as snapkv, h2o or streaming_llm"
-            )
+        check_units(state)
         kept = set(must_stay(state).nonzero().flatten().tolist())
         room = n - len(kept)
         for index in _best_units_first(_exact(importance).sum(dim=0), state):

@@ -3,12 +3,22 @@
 import torch
 from torch import Tensor
 
+from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.policies.base import LayerState, Unit
 
 
 def positions_of(unit: Unit) -> list[int]:
     """Return the positions of a unit, span after span."""
     return [position for span in unit for position in span]
+
+
+def check_units(state: LayerState) -> None:
+    """Raise InvalidArgument for a prompt whose task marks no units."""
+    if not state.units:
+        raise InvalidArgument(
+            "this prompt has no units to keep whole: its task marks none; "
+            "use a policy that keeps tokens, such as snapkv, h2o or streaming_llm"
+        )
 
 
 def must_stay(state: LayerState) -> Tensor:

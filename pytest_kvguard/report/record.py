@@ -22,6 +22,8 @@ SCHEMA = 1
 class Cell(TypedDict):
     """One comparison. None stands for what is undefined, unbounded or was not measured."""
 
+    model: str
+    ability: str
     task: str
     policy: str
     spec: str
@@ -49,14 +51,16 @@ class Cell(TypedDict):
     seconds: float
 
 
-def to_cell(comparison: "Comparison", spec: str | None = None) -> Cell:
+def to_cell(comparison: "Comparison", *, model: str = "", spec: str | None = None) -> Cell:
     """Return the comparison as plain values that JSON can hold.
 
-    spec: the policy as it was asked for; its name when None.
+    model: what was tested; spec: the policy as it was asked for, its name when None.
     """
     c, kept = comparison, comparison.kept
     low, high = (None, None) if c.refusal else c.interval
     cell = Cell(
+        model=model,
+        ability=kept.ability,
         task=kept.task,
         policy=kept.policy,
         spec=kept.policy if spec is None else spec,
@@ -87,9 +91,13 @@ def to_cell(comparison: "Comparison", spec: str | None = None) -> Cell:
     return finite
 
 
-def not_run(base: "Run", spec: Spec, ratio: float, max_drop: float, reason: str) -> Cell:
+def not_run(
+    base: "Run", spec: Spec, ratio: float, *, model: str, max_drop: float, reason: str
+) -> Cell:
     """Return a cell that was given up before it ran, for the reason that is given."""
     return Cell(
+        model=model,
+        ability=base.ability,
         task=base.task,
         policy=spec.name,
         spec=str(spec),

@@ -43,7 +43,9 @@ def shown(verdict: str) -> str:
 
 def tally(cells: Sequence[Cell]) -> str:
     """Return how many cells came to which verdict: ``3 pass, 1 FAIL``."""
-    return ", ".join(_counted(verdict, cells) for verdict in ORDER if _with(verdict, cells))
+    counts = ", ".join(_counted(verdict, cells) for verdict in ORDER if _with(verdict, cells))
+    empty = all(end(cell) in ("skipped", "refused") for cell in cells)
+    return f"{counts}: nothing was proved" if cells and empty else counts
 
 
 def reasons(cells: Sequence[Cell]) -> Iterator[str]:

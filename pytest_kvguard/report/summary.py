@@ -6,7 +6,7 @@ import platform
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from pytest_kvguard.report.markdown import markdown
 from pytest_kvguard.report.record import Cell, write_report
@@ -17,21 +17,9 @@ PROPERTY = "kvguard"
 PACKAGES = ("pytest-kvguard", "torch", "transformers", "tokenizers", "pytest")
 
 
-class Measured(TypedDict):
-    """What a test leaves behind."""
-
-    model: str
-    cell: Cell
-
-
-def packed(model: str, cell: Cell) -> str:
-    """Write a measurement as the value of a user property."""
-    return json.dumps(Measured(model=model, cell=cell))
-
-
-def collect(reports: Iterable[Any]) -> list[Measured]:
-    """Read the measurements off test reports, each test's once."""
-    found: dict[tuple[str, str], Measured] = {}
+def collect(reports: Iterable[Any]) -> list[Cell]:
+    """Read the cells off test reports, each test's once."""
+    found: dict[tuple[str, str], Cell] = {}
     for report in reports:
         for name, value in getattr(report, "user_properties", ()):
             if name == PROPERTY:
@@ -39,44 +27,42 @@ def collect(reports: Iterable[Any]) -> list[Measured]:
     return list(found.values())
 
 
-def by_model(measured: Sequence[Measured]) -> dict[str, list[Cell]]:
+def by_model(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     """Group cells by the model they were measured on."""
     models: dict[str, list[Cell]] = {}
-    for one in measured:
-        models.setdefault(one["model"], []).append(one["cell"])
+    for cell in cells:
+        models.setdefault(cell["model"], []).append(cell)
     return models
 
 
-def publish(measured: Sequence[Measured], path: Path | None) -> Iterator[str]:
+def publish(cells: Sequence[Cell], path: Path | None) -> Iterator[str]:
     """Write the report file, if one is asked for, and the job summary; yield what to tell of it."""
-    if not measured:
+    if not cells:
         if path is not None:
             yield f"nothing was measured, so no report is written to {path}"
         return
     if path is not None:
-        write(path, measured)
+        write(path, cells)
         yield f"report written to {path}"
     try:
-        append_job_summary(measured)
+        append_job_summary(cells)
     except OSError as problem:  # a container may inherit the variable without the file
         yield f"cannot append to the job summary: {problem}"
 
 
-def write(path: Path, measured: Sequence[Measured]) -> None:
+def write(path: Path, cells: Sequence[Cell]) -> None:
     """Write the report file; cells of several models name them all."""
-    models = by_model(measured)
-    cells = [cell for of_model in models.values() for cell in of_model]
-    write_report(path, ", ".join(models), versions(), cells)
+    write_report(path, ", ".join(by_model(cells)), versions(), cells)
 
 
-def append_job_summary(measured: Sequence[Measured]) -> None:
+def append_job_summary(cells: Sequence[Cell]) -> None:
     """Append to the summary of a CI job where the service names a file for it."""
     path = os.environ.get("GITHUB_STEP_SUMMARY")
     if not path:
         return
     with Path(path).open("a", encoding="utf-8") as file:
-        for model, cells in by_model(measured).items():
-            file.write(markdown(cells, model=model))
+        for model, of_model in by_model(cells).items():
+            file.write(markdown(of_model, model=model))
 
 
 def versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ STYLES = {
 }
 """By verdict as it is shown."""
 
-NARROWEST = 14
+NARROWEST = 15
 """Columns of text are folded to this width, no further."""
 
 
@@ -29,7 +29,7 @@ def table(cells: Sequence[Cell], *, width: int = 100, color: bool = False) -> li
     if not cells:
         return []
     return [
-        *_grid([row(cell) for cell in cells], width, color),
+        *_grid(cells, width, color),
         "",
         *textwrap.wrap(legend(cells), width),
         *(line for reason in reasons(cells) for line in _hanging(reason, width)),
@@ -38,11 +38,14 @@ def table(cells: Sequence[Cell], *, width: int = 100, color: bool = False) -> li
     ]
 
 
-def _grid(rows: Sequence[tuple[str, ...]], width: int, color: bool) -> list[str]:
+def _grid(cells: Sequence[Cell], width: int, color: bool) -> list[str]:
+    """Draw the rows, those of an ability together under its name."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    abilities = list(dict.fromkeys(cell["ability"] for cell in cells))
+    rows = [row(cell) for cell in cells]
     grid = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     least = len(HEADER) - 1  # gaps
     for name, values in zip(HEADER, zip(*rows, strict=True), strict=True):
@@ -54,9 +57,13 @@ def _grid(rows: Sequence[tuple[str, ...]], width: int, color: bool) -> list[str]
             no_wrap=name not in TEXT_COLUMNS,
             overflow="fold",
         )
-    for *numbers, verdict in rows:
-        # Text, not str: rich reads square brackets in a str as markup.
-        grid.add_row(*map(Text, numbers), Text(verdict, STYLES[verdict]))
+    for ability in abilities:
+        if ability:
+            grid.add_row(Text(ability.upper(), "bold"))
+        for cell, (*texts, verdict) in zip(cells, rows, strict=True):
+            if cell["ability"] == ability:
+                # Text, not str: rich reads square brackets in a str as markup.
+                grid.add_row(*map(Text, texts), Text(verdict, STYLES[verdict]))
     console = Console(
         file=StringIO(),
         width=max(width, least),

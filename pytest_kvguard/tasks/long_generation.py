@@ -44,7 +44,7 @@ def long_generation(
     ]
     return Task(
         name="long_generation",
-        ability="long_generation",
+        ability="long generation",
         samples=tuple(_sample(context, group, shots) for group in groups),
         scorer=partial(numbered_answers, first=shots + 1),
         max_new_tokens=160 * questions,

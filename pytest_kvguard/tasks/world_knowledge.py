@@ -49,7 +49,7 @@ def world_knowledge(*, shots: int = SHOTS, data: str | None = None) -> Task:
     )
     return Task(
         name="world_knowledge",
-        ability="world_knowledge",
+        ability="world knowledge",
         samples=samples,
         scorer=multiple_choice,
         max_new_tokens=16,

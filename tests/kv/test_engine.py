@@ -1,8 +1,17 @@
 """Promises of the engine: shared work, equal answers however work is split, nothing left behind."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from pytest_kvguard.errors import Unsupported
 from pytest_kvguard.kv.compress import importances, keep, keep_masks
@@ -272,3 +281,45 @@ def test_it_does_not_matter_which_attention_a_model_was_loaded_with():
     grid, _ = run(eager, prompts(), cells(*EVERY))
     assert answers(grid) == answers(run(family("llama"), prompts(), cells(*EVERY))[0])
     assert eager.config._attn_implementation == "eager"
+
+
+def test_a_model_that_answers_otherwise_when_observed_is_refused():
+    """Attention that is called twice in a layer would be recorded once."""
+    config = DiffLlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    with pytest.raises(Unsupported, match="DiffLlamaForCausalLM answers differently"):
+        run(DiffLlamaForCausalLM(config), prompts(), [])
+
+
+def test_a_decode_step_that_fails_fails_its_cell_alone():
+    def importance(state):
+        raise RuntimeError("late boom")
+
+    h2o = get_policy("h2o")
+    broken = replace(h2o, decode=replace(h2o.decode, importance=importance))
+    grid, _ = run(family("llama"), prompts(), [Cell(broken, 0.5), *cells("knorm")])
+    assert grid.cells[0].problem == (0, "RuntimeError: late boom")
+    assert grid.cells[1].problem is None
+
+
+def test_what_goes_while_decoding_is_counted():
+    keep_prompt = get_policy("shotkv(window=4, decode_ratio=0.5)")
+    grid, _ = run(family("llama"), prompts(), [Cell(keep_prompt, 1.0), *cells("knorm")])
+    assert grid.cells[0].evicted > 0
+    assert grid.cells[1].evicted == 0
+    one_token = Stopping(1, frozenset(), (), STOPPING.decode)
+    short = Engine(Seam(family("llama"))).run(prompts(), [Cell(keep_prompt, 1.0)], one_token)
+    assert short.cells[0].evicted == 0
+
+
+def test_a_trial_goes_on_until_it_has_enough_answers_however_small_the_waves():
+    heard = []
+
+    def go_on(found):
+        heard.append(len(found))
+        return True
+
+    Engine(Seam(family("llama")), memory=1).run(prompts(), [], STOPPING, first=3, go_on=go_on)
+    assert heard == [1, 2, 3]

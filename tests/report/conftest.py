@@ -1,6 +1,8 @@
 import pytest
 
 CELL = {
+    "model": "tiny",
+    "ability": "retrieval",
     "task": "retrieval",
     "policy": "snapkv",
     "spec": "snapkv",

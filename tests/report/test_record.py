@@ -60,7 +60,9 @@ def test_a_cell_says_what_the_comparison_says():
         counts=Counts(1, 2, 3),
         seconds=4.5,
     )
-    assert to_cell(c, "snapkv(window=16)") == {
+    assert to_cell(c, model="tiny", spec="snapkv(window=16)") == {
+        "model": "tiny",
+        "ability": "",
         "task": "retrieval",
         "policy": "snapkv",
         "spec": "snapkv(window=16)",

@@ -77,8 +77,8 @@ def test_numbers_are_never_cut(cells, width):
 
 def test_a_long_name_is_folded_not_cut(cells):
     lines = table(cells[1:2], width=60)
-    folded = [line[:14] for line in lines[1 : lines.index("")]]
-    assert "".join(folded).startswith("world_knowledge (context)")
+    folded = [line[:15].strip() for line in lines[2 : lines.index("")]]
+    assert " ".join(folded).startswith("world_knowledge (context)")
 
 
 def test_square_brackets_in_a_name_are_shown(cells):
@@ -122,3 +122,9 @@ def test_a_task_beyond_the_model_is_counted_as_skipped_not_as_refused(cells):
     lines = table([beyond, cells[0]])
     assert lines[-1] == "1 pass, 1 skipped"
     assert any(line.startswith("retrieval snapkv@0.25: skipped: too weak") for line in lines)
+
+
+def test_tasks_of_an_ability_stand_together_under_its_name(cells):
+    mixed = [cells[0], cells[0] | {"ability": "reasoning", "task": "sums"}, cells[0]]
+    first_words = [line.split()[0] for line in table(mixed)[1:6]]
+    assert first_words == ["RETRIEVAL", "retrieval", "retrieval", "REASONING", "sums"]

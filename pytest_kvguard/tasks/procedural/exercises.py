@@ -57,11 +57,5 @@ def draw_samples(draw: Draw, n: int, seed: int) -> tuple[Sample, ...]:
     raise InvalidArgument(f"only {len(found)} different samples can be drawn, n is {n}; ask fewer")
 
 
-def check_between(name: str, value: int, low: int, high: int) -> None:
-    """Raise InvalidArgument unless low <= value <= high."""
-    if not low <= value <= high:
-        raise InvalidArgument(f"{name} must be in {low}..{high}, got {value!r}")
-
-
 def _digest(text: str) -> bytes:
     return blake2b(text.encode(), digest_size=6).digest()

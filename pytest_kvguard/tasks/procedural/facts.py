@@ -4,11 +4,11 @@ import re
 from random import Random
 
 from pytest_kvguard.tasks.base import Part, Sample, Task
+from pytest_kvguard.tasks.checks import check_count
 from pytest_kvguard.tasks.procedural.exercises import (
     STOP,
     Exercise,
     Split,
-    check_between,
     draw_samples,
     exercise,
     split_of,
@@ -25,7 +25,7 @@ FACTS = {
 
 def facts(*, n: int = 100, shots: int = 16, seed: int = 0) -> Task:
     """Return ``n`` questions, each after ``shots`` (1..32) others with their answers."""
-    check_between("shots", shots, 1, 32)
+    check_count("shots", shots, 1, 32)
     return Task(
         name="facts",
         ability="world knowledge",

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from random import Random
 
 from pytest_kvguard.tasks.base import Part, Sample, Task
+from pytest_kvguard.tasks.checks import check_count
 from pytest_kvguard.tasks.procedural.exercises import (
     STOP,
     Exercise,
     Split,
-    check_between,
     draw_samples,
     exercise,
     split_of,
@@ -38,9 +38,9 @@ def instructions(
 
     What the people have stands among ``sentences`` (0..100) that tell nothing about them.
     """
-    check_between("rules", rules, 2, 4)
-    check_between("people", people, 1, len(ITEMS) // ITEMS_EACH)
-    check_between("sentences", sentences, 0, 100)
+    check_count("rules", rules, 2, 4)
+    check_count("people", people, 1, len(ITEMS) // ITEMS_EACH)
+    check_count("sentences", sentences, 0, 100)
     return Task(
         name="instructions",
         ability="instructions",
@@ -79,8 +79,8 @@ def deal_items(rng: Random, people: int) -> list[tuple[str, ...]]:
 
 
 def draw_rules(rng: Random, count: int, items: tuple[str, ...]) -> tuple[Rule, ...]:
-    """Draw ``count`` rules of different kinds; what is never mentioned is one of the items."""
-    begin, end, never = rng.choice(OPENINGS), rng.choice(ENDINGS), rng.choice(items)
+    """Draw ``count`` rules of different kinds; what is never mentioned is the last item."""
+    begin, end, never = rng.choice(OPENINGS), rng.choice(ENDINGS), items[-1]
     rules = (
         Rule("begin", begin, f"Begin with the word {begin}."),
         Rule("end", end, f"End with the word {end}."),

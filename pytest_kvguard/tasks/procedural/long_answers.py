@@ -7,10 +7,10 @@ import re
 from random import Random
 
 from pytest_kvguard.tasks.base import Part, Sample, Task
+from pytest_kvguard.tasks.checks import check_count
 from pytest_kvguard.tasks.procedural.exercises import (
     STOP,
     Exercise,
-    check_between,
     draw_samples,
     exercise,
 )
@@ -25,8 +25,8 @@ from pytest_kvguard.tasks.procedural.word_problems import (
 
 def long_answers(*, n: int = 100, questions: int = 8, shots: int = 12, seed: int = 0) -> Task:
     """Return ``n`` prompts of ``questions`` (1..12) questions over ``shots`` (questions..16)."""
-    check_between("questions", questions, 1, 12)
-    check_between("shots", shots, questions, 16)
+    check_count("questions", questions, 1, 12)
+    check_count("shots", shots, questions, 16)
     return Task(
         name="long_answers",
         ability="long generation",

@@ -4,11 +4,11 @@ import re
 from random import Random
 
 from pytest_kvguard.tasks.base import Part, Sample, Task
+from pytest_kvguard.tasks.checks import check_count
 from pytest_kvguard.tasks.procedural.exercises import (
     STOP,
     Exercise,
     Split,
-    check_between,
     draw_samples,
     exercise,
     split_of,
@@ -30,8 +30,8 @@ def retrieval_facts(*, n: int = 100, sentences: int = 40, facts: int = 4, seed: 
 
     A filler sentence has eight words and a full stop: 110 sentences are about 1,000 tokens.
     """
-    check_between("facts", facts, 1, 16)
-    check_between("sentences", sentences, facts, 120)
+    check_count("facts", facts, 1, 16)
+    check_count("sentences", sentences, facts, 120)
     return Task(
         name="retrieval_facts",
         ability="retrieval",

@@ -11,11 +11,11 @@ from itertools import accumulate, islice
 from random import Random
 
 from pytest_kvguard.tasks.base import Part, Sample, Task
+from pytest_kvguard.tasks.checks import check_count
 from pytest_kvguard.tasks.procedural.exercises import (
     STOP,
     Exercise,
     Split,
-    check_between,
     draw_samples,
     exercise,
     split_of,
@@ -59,8 +59,8 @@ class Clause:
 
 def word_problems(*, n: int = 100, steps: int = 2, shots: int = 8, seed: int = 0) -> Task:
     """Return ``n`` problems of ``steps`` (1..4) steps after ``shots`` (steps..16) shots."""
-    check_between("steps", steps, 1, 4)
-    check_between("shots", shots, steps, 16)
+    check_count("steps", steps, 1, 4)
+    check_count("shots", shots, steps, 16)
     return Task(
         name="word_problems",
         ability="reasoning",
