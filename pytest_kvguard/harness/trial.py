@@ -22,7 +22,7 @@ def hopeless(marks: Sequence[float], chance: float) -> str | None:
         return None
     above = f"{chance:.0%} by guessing" if chance else "nothing"
     return (
-        f"the model is too weak for this task: with its full cache it gets {right} of the first "
-        f"{n} right, at most {most:.0%} in the long run (95 %), against {above}; compression has "
+        f"the model is too weak for this task: with its full cache it gets {right} of {n} answers "
+        f"right, at most {most:.0%} in the long run (95 %), against {above}; compression has "
         f"nothing to break, use a stronger model or an easier task"
     )

@@ -31,10 +31,12 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: f
     query: (R, Hq, Q, D); keys, values: (R, Hkv, C, D); mask: (R, Hkv or 1, Q, C) -> (R, Hq, Q, D)
     """
     heads, groups = keys.shape[1], query.shape[1] // keys.shape[1]
+    bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+    bias.masked_fill_(~mask, float("-inf"))  # CPU kernels take it half as long as a bool mask
     if query.shape[-2] > 1:
-        mask = mask.repeat(1, 1, groups, 1)  # queries are stacked group by group
+        bias = bias.repeat(1, 1, groups, 1)  # queries are stacked group by group
     out = F.scaled_dot_product_attention(
-        grouped(query, heads), keys, values, attn_mask=mask, scale=scaling
+        grouped(query, heads), keys, values, attn_mask=bias, scale=scaling
     )
     return out.reshape(query.shape[:-1] + values.shape[-1:])
 
