@@ -83,7 +83,7 @@ def test_a_model_too_weak_for_a_task_skips_it_and_is_listed_as_refused(suite):
     assert result.ret == 0
     result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines(
-        ["SKIPPED [[]1[]] *: the model is too weak for this task: * it gets 0 of the first 24 *"]
+        ["SKIPPED [[]1[]] *: the model is too weak for this task: * it gets 0 of 24 answers *"]
     )
     (cell,) = suite.report()["cells"]
     assert cell["verdict"] == "refused"
