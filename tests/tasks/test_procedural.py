@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.errors import InvalidArgument, UnknownName
 from pytest_kvguard.tasks.base import Part, Sample
 from pytest_kvguard.tasks.procedural import PROCEDURAL
 from pytest_kvguard.tasks.procedural.exercises import draw_samples
@@ -168,6 +168,15 @@ def test_rules_are_system_text_of_a_unit_each():
     sample = PROCEDURAL["instructions"](n=1, rules=4).samples[0]
     units = [part.unit for part in sample.parts if part.kind == "system"]
     assert sorted(filter(None, units)) == ["rule begin", "rule capitals", "rule end", "rule never"]
+
+
+def test_a_kind_of_rule_can_be_left_out():
+    task = PROCEDURAL["instructions"](n=50, rules=3, without="never")
+    assert not [sample for sample in task.samples if "Never mention" in sample.text]
+    with pytest.raises(InvalidArgument, match="rules must be a whole number, 2 to 3, got 4"):
+        PROCEDURAL["instructions"](rules=4, without="never")
+    with pytest.raises(UnknownName, match="unknown kind of rule 'always'"):
+        PROCEDURAL["instructions"](without="always")
 
 
 def test_a_problem_of_its_own_containers_is_never_asked_as_its_shot_asks_it():

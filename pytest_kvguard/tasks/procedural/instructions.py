@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
 
+from pytest_kvguard.errors import UnknownName
 from pytest_kvguard.tasks.base import Part, Sample, Task
 from pytest_kvguard.tasks.checks import check_count
 from pytest_kvguard.tasks.procedural.exercises import (
@@ -20,6 +21,7 @@ from pytest_kvguard.tasks.procedural.words import ENDINGS, ITEMS, NAMES, OPENING
 
 INTRODUCTION = "Obey these rules in every answer."
 ITEMS_EACH = 3
+KINDS = ("begin", "end", "never", "capitals")
 
 
 @dataclass(frozen=True)
@@ -32,34 +34,53 @@ class Rule:
 
 
 def instructions(
-    *, n: int = 100, rules: int = 3, people: int = 10, sentences: int = 20, seed: int = 0
+    *,
+    n: int = 100,
+    rules: int = 3,
+    people: int = 10,
+    sentences: int = 20,
+    without: str = "",
+    seed: int = 0,
 ) -> Task:
     """Return ``n`` questions under ``rules`` (2..4) rules about ``people`` (1..10) people.
 
     What the people have stands among ``sentences`` (0..100) that tell nothing about them.
+    ``without`` is a kind of rule that is never given: begin, end, never or capitals.
     """
-    check_count("rules", rules, 2, 4)
+    if without and without not in KINDS:
+        raise UnknownName("kind of rule", without, KINDS)
+    check_count("rules", rules, 2, len(KINDS) - bool(without))
     check_count("people", people, 1, len(ITEMS) // ITEMS_EACH)
     check_count("sentences", sentences, 0, 100)
     return Task(
         name="instructions",
         ability="instructions",
-        samples=draw_samples(lambda rng: draw_question(rng, rules, people, sentences), n, seed),
+        samples=draw_samples(
+            lambda rng: draw_question(rng, rules, people, sentences, without), n, seed
+        ),
         scorer=share_of_rules_obeyed,
         max_new_tokens=40,
         stop=(STOP,),
         source="procedural",
-        params={"rules": rules, "people": people, "sentences": sentences, "seed": seed},
+        params={
+            "rules": rules,
+            "people": people,
+            "sentences": sentences,
+            "without": without,
+            "seed": seed,
+        },
     )
 
 
-def draw_question(rng: Random, rules: int, people: int, sentences: int) -> Exercise:
+def draw_question(
+    rng: Random, rules: int, people: int, sentences: int, without: str = ""
+) -> Exercise:
     """Draw one question of the test split."""
     names = rng.sample(NAMES, people)
     while True:
         items = dict(zip(names, deal_items(rng, people), strict=True))
         asked = rng.choice(names)
-        given = draw_rules(rng, rules, items[asked])
+        given = draw_rules(rng, rules, items[asked], without)
         if split_of_answer(given, items[asked]) == "test":
             break
     parts = [*system_parts(given), *document_parts(rng, items, sentences)]
@@ -78,7 +99,9 @@ def deal_items(rng: Random, people: int) -> list[tuple[str, ...]]:
     return list(zip(*[dealt] * ITEMS_EACH, strict=True))
 
 
-def draw_rules(rng: Random, count: int, items: tuple[str, ...]) -> tuple[Rule, ...]:
+def draw_rules(
+    rng: Random, count: int, items: tuple[str, ...], without: str = ""
+) -> tuple[Rule, ...]:
     """Draw ``count`` rules of different kinds; what is never mentioned is the last item."""
     begin, end, never = rng.choice(OPENINGS), rng.choice(ENDINGS), items[-1]
     rules = (
@@ -87,7 +110,7 @@ def draw_rules(rng: Random, count: int, items: tuple[str, ...]) -> tuple[Rule, .
         never_mention(never),
         Rule("capitals", "", "Write in capitals."),
     )
-    return tuple(rng.sample(rules, count))
+    return tuple(rng.sample([rule for rule in rules if rule.kind != without], count))
 
 
 def never_mention(item: str) -> Rule:
