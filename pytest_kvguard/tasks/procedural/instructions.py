@@ -84,7 +84,7 @@ def draw_question(
         if split_of_answer(given, items[asked]) == "test":
             break
     parts = [*system_parts(given), *document_parts(rng, items, sentences)]
-    parts.append(Part("question", f"\nQ: {question(asked)}\nA:"))
+    parts.append(Part("question", f"Q: {question(asked)}\nA:"))
     target = tuple(f"{rule.kind} {rule.word}" for rule in given)
     target += tuple(f"lists {item}" for item in items[asked] if f"never {item}" not in target)
     labels = (f"rules={rules}", f"people={people}")
@@ -133,10 +133,11 @@ def system_parts(rules: tuple[Rule, ...]) -> list[Part]:
 
 
 def document_parts(rng: Random, items: Mapping[str, tuple[str, ...]], sentences: int) -> list[Part]:
-    """Scatter what people have among filler, a line and a unit each."""
+    """Scatter what people have among filler, a line and a unit each; the last ends a paragraph."""
     lines = [belongings(name, has) for name, has in items.items()]
     lines += [f"{filler(rng)}\n" for _ in range(sentences)]
     rng.shuffle(lines)
+    lines[-1] += "\n"
     return [Part("document", line, unit=f"sentence {i}") for i, line in enumerate(lines)]
 
 
