@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.harness.encode import encode
 from pytest_kvguard.harness.records import FULL, Answer, Counts, Fidelity, Held, Run
-from pytest_kvguard.harness.trial import hopeless
+from pytest_kvguard.harness.trial import hopeless, unreadable
 from pytest_kvguard.kv import decode
 from pytest_kvguard.kv.engine import Engine
 from pytest_kvguard.kv.grid import Cell, Grid, Outcome
@@ -14,7 +14,7 @@ from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.models import Loaded
 from pytest_kvguard.tasks.base import Protocol, Sample, Task
 
-TRIAL = 24  # baseline answers after which a task far beyond the model is given up
+TRIAL = 20  # baseline answers after which a task far beyond the model is given up
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,6 @@ class Bench:
             marks, failure = mark(answers)
             return failure is not None or hopeless(list(marks.values()), chance) is None
 
-        grid = self.engine.run(
-            prompts, cells, stopping, first=TRIAL, go_on=go_on, progress=progress
-        )
         blank = Run(
             task=name or task.name,
             ability=task.ability,
@@ -79,10 +76,15 @@ class Bench:
             ratio=1.0,
             protocol=protocol,
             scores={},
-            disagreements=grid.disagreements,
             chance=task.chance,
             higher_is_better=task.higher_is_better,
         )
+        if reason := unreadable([prompt.ids for prompt in prompts], self.loaded.tokenizer):
+            return Measured(blank, (), reason)
+        grid = self.engine.run(
+            prompts, cells, stopping, first=TRIAL, go_on=go_on, progress=progress
+        )
+        blank = replace(blank, disagreements=grid.disagreements)
         record = _Recorder(samples, stopping, mark, grid, blank)
         baseline = record.run(grid.baseline)
         if baseline.error is None and (reason := hopeless(list(baseline.scores.values()), chance)):

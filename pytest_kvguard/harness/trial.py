@@ -2,9 +2,31 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 MARGIN = 0.15
 """A baseline must be able to lie this far above chance for a loss to be seen on it."""
+
+LEGIBLE = 0.9
+"""A model must know this share of a task's tokens."""
+
+
+def unreadable(prompts: Sequence[Sequence[int]], tokenizer: Any) -> str | None:
+    """Say why a model cannot even read a task, or return None.
+
+    prompts: token ids. Tokenizers that know every byte have no unknown tokens.
+    """
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None:
+        return None
+    total = sum(len(ids) for ids in prompts)
+    known = total - sum(list(ids).count(unknown) for ids in prompts)
+    if known >= LEGIBLE * total:
+        return None
+    return (
+        f"the model cannot read this task: its tokenizer knows {known / total:.0%} of the tokens; "
+        f"use a model that reads ordinary text"
+    )
 
 
 def hopeless(marks: Sequence[float], chance: float) -> str | None:

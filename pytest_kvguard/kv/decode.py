@@ -10,6 +10,9 @@ from torch import Tensor
 from pytest_kvguard.kv.rows import Rows
 from pytest_kvguard.kv.seam import Seam
 
+WORTH_KEEPING = 0.8
+"""While this share of the rows goes on, the others are carried along: copying costs more."""
+
 STOP_TOKENS = 16  # a stop string is looked for in this many of the last tokens
 
 
@@ -64,18 +67,21 @@ def greedy(
 
     pending: what each row is fed first, at least one token. ``answers`` grow in place.
     """
-    active, feed = list(answers), [list(tokens) for tokens in pending]
-    while active:
+    row_answers, feed = list(answers), [list(tokens) for tokens in pending]
+    over = [False] * len(row_answers)
+    while not all(over):
         chosen = rows.feed(seam, feed, last=1)[:, -1].argmax(dim=-1).tolist()
-        for answer, tokens, token in zip(active, feed, chosen, strict=True):
-            answer.tokens.append(token)
-            answer.forwards += 1
-            answer.fed += len(tokens)
-        going = [i for i, answer in enumerate(active) if not stopping.over(answer.tokens)]
-        if 0 < len(going) < len(active):
+        for row, (answer, token) in enumerate(zip(row_answers, chosen, strict=True)):
+            if not over[row]:
+                answer.tokens.append(token)
+                answer.forwards += 1
+                answer.fed += len(feed[row])
+                over[row] = stopping.over(answer.tokens)
+        going = [row for row, done in enumerate(over) if not done]
+        if 0 < len(going) < WORTH_KEEPING * len(over):
             rows.take(going)
-        active = [active[i] for i in going]
-        feed = [[answer.tokens[-1]] for answer in active]
+            row_answers, over = [row_answers[row] for row in going], [False] * len(going)
+        feed = [[answer.tokens[-1]] for answer in row_answers]
 
 
 def score_draft(

@@ -90,17 +90,22 @@ class Engine:
         grid = Grid(Outcome(), {index: Outcome() for index in range(len(cells))})
         total = len(prompts) * (1 + len(cells))
         done = 0
+        waiting: list[_Held] = []  # answered by the full cache, not yet under the cells
         with self.seam.open():
-            for wave in self._waves(prompts, cells, grid, first):
+            for wave, full in self._waves(prompts, cells, grid, first):
                 on_trial = len(grid.baseline.answers) < first
                 self._baseline(wave, grid, stopping)
                 if on_trial and not go_on(grid.baseline.answers):
                     grid.abandoned = True
                     break
-                for part in chunks(wave, self._draft_bytes(grid), self.memory // SHARE):
+                waiting += wave
+                if not full:
+                    continue
+                for part in chunks(waiting, self._draft_bytes(grid), self.memory // SHARE):
                     self._cells(part, cells, grid, stopping)
                     done += len(part) * (1 + len(cells))
                     progress(done, total)
+                waiting = []
         return grid
 
     def _check(self, prompts: Sequence[Prompt]) -> None:
@@ -111,8 +116,12 @@ class Engine:
 
     def _waves(
         self, prompts: Sequence[Prompt], cells: Sequence[Cell], grid: Grid, first: int
-    ) -> Iterator[list[_Held]]:
-        """Prefill the prompts, as many at a time as memory holds; those of a context together."""
+    ) -> Iterator[tuple[list[_Held], bool]]:
+        """Prefill the prompts, those of a context together.
+
+        Yields some at a time, and whether memory holds no more: then all that were yielded since
+        the last time must be let go of.
+        """
         observe = Observe(
             window=max([cell.policy.window for cell in cells], default=1),
             sums=any(cell.policy.needs_sums for cell in cells),
@@ -133,11 +142,12 @@ class Engine:
                     held = prefill(self.seam, ids, observe, after=shared)
                 wave.append(_Held(index, prompt, held))
                 used += wave[-1].full.bytes
-                if len(wave) >= most or used > self.memory // SHARE:
-                    yield wave
-                    wave, used, most = [], 0, len(prompts)
-        if wave:
-            yield wave
+                full = used > self.memory // SHARE
+                if full or len(wave) >= most:
+                    yield wave, full
+                    wave, most = [], len(prompts)
+                    used = 0 if full else used
+        yield wave, True
 
     def _baseline(self, wave: Sequence[_Held], grid: Grid, stopping: Stopping) -> None:
         """Let the full cache answer a wave of prompts."""

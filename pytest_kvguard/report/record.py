@@ -95,7 +95,7 @@ def not_run(
     base: "Run", spec: Spec, ratio: float, *, model: str, max_drop: float, reason: str
 ) -> Cell:
     """Return a cell that was given up before it ran, for the reason that is given."""
-    return Cell(
+    cell = Cell(
         model=model,
         ability=base.ability,
         task=base.task,
@@ -124,6 +124,8 @@ def not_run(
         counts=dataclasses.asdict(base.counts),
         seconds=0.0,
     )
+    finite: Cell = _finite(cell)
+    return finite
 
 
 def write_report(

@@ -3,6 +3,6 @@
 from pytest_kvguard import kv_sensitivity
 
 
-@kv_sensitivity("instructions", max_drop=0.10)
+@kv_sensitivity("instructions(without=never)", max_drop=0.10)
 def test_rules_of_a_system_text(kv_result):
     assert kv_result.holds, kv_result.reason

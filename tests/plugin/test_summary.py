@@ -83,12 +83,12 @@ def test_a_model_too_weak_for_a_task_skips_it_and_is_listed_as_refused(suite):
     assert result.ret == 0
     result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines(
-        ["SKIPPED [[]1[]] *: the model is too weak for this task: * it gets 0 of 24 answers *"]
+        ["SKIPPED [[]1[]] *: the model is too weak for this task: * it gets 0 of 20 answers *"]
     )
     (cell,) = suite.report()["cells"]
     assert cell["verdict"] == "refused"
     assert "too weak for this task" in cell["reason"]
-    assert (cell["n"], cell["base"], cell["kept"]) == (24, 0.0, None)
+    assert (cell["n"], cell["base"], cell["kept"]) == (20, 0.0, None)
 
 
 def test_a_few_right_answers_are_too_few_to_lose_any(suite):

@@ -32,7 +32,7 @@ def long_answers(*, n: int = 100, questions: int = 8, shots: int = 12, seed: int
         ability="long generation",
         samples=draw_samples(lambda rng: draw_list(rng, questions, shots), n, seed),
         scorer=share_of_right_answers,
-        max_new_tokens=60 * questions + 20,
+        max_new_tokens=40 * questions + 20,  # an answer takes about 33
         stop=(STOP,),
         chat=False,
         source="procedural",
