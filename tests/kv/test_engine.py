@@ -289,7 +289,7 @@ def test_a_model_that_answers_otherwise_when_observed_is_refused():
         vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
-    with pytest.raises(Unsupported, match="DiffLlamaForCausalLM answers differently"):
+    with pytest.raises(Unsupported, match="DiffLlamaForCausalLM"):
         run(DiffLlamaForCausalLM(config), prompts(), [])
 
 
