@@ -1,5 +1,7 @@
 """What the plugin costs runs that have nothing to do with it."""
 
+import sys
+
 import pytest
 
 from pytest_kvguard import _HOMES, __all__
@@ -18,7 +20,7 @@ PLAIN = f"""
 def test_a_run_without_our_tests_pays_nothing(pytester):
     file = pytester.makepyfile(test_it=PLAIN)
     others = ["-p", "no:hypothesispytest", "-p", "no:cacheprovider"]
-    result = pytester.run("python", "-B", "-m", "pytest", *others, file)
+    result = pytester.run(sys.executable, "-B", "-m", "pytest", *others, file)
     assert result.ret == 0
     ours = [line for line in result.outlines if "kv" in line]
     assert all(line.startswith("plugins: ") for line in ours)
@@ -31,7 +33,7 @@ def test_a_run_without_our_tests_pays_nothing(pytester):
 
 def test_importing_the_package_imports_nothing_heavy(pytester):
     code = f"import sys, pytest_kvguard, pytest_kvguard.plugin; print({HEAVY} & sys.modules.keys())"
-    result = pytester.run("python", "-c", code)
+    result = pytester.run(sys.executable, "-c", code)
     assert result.outlines == ["set()"]
 
 
