@@ -257,6 +257,7 @@ def test_stop_strings_end_an_answer_and_are_left_out():
     ended = [stopping.ended(asked[: n + 1]) for n in range(len(asked))]
     assert ended.index(True) == len("go on stop") - 1
     assert stopping.text([*asked, 5]) == "go on "
+    assert stopping.text([ord("a"), 5]) == "a"
     assert stopping.over([7] * 12)
     assert not stopping.ended([7] * 12)
 
