@@ -108,7 +108,7 @@ class _Marking:
             sample, text = self.samples[index], self.stopping.text(answers[index].tokens)
             try:
                 marks[sample.id] = self.task.scorer(text, sample)
-            except Exception as problem:
+            except Exception as problem:  # other people's code: its run fails alone
                 why = f"{type(problem).__name__}: {problem}"
                 return marks, f"the scorer failed on sample {sample.id} and {text[:60]!r}: {why}"
         return marks, None
