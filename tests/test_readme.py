@@ -9,13 +9,21 @@ from pathlib import Path
 
 import pytest
 
+from pytest_kvguard.harness.measure import Bench
+from pytest_kvguard.models import load
 from pytest_kvguard.options import OPTIONS
 from pytest_kvguard.policies import POLICIES
-from pytest_kvguard.tasks import TASKS
+from pytest_kvguard.tasks import TASKS, get_task
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imported():
+    """Runs inside this process forget what they import first, and torch bears no second import."""
+    Bench(load("reasoner")).measure(get_task("facts"), [], limit=1)
 
 
 def blocks(text: str, language: str) -> list[str]:
