@@ -136,6 +136,9 @@ def _kept_within_the_budget(trial: Trial) -> str:
     if trial.mask is None:
         return ""
     kept, budget = trial.mask.sum(-1).tolist(), trial.policy.budget(trial.state, trial.ratio)
+    if trial.policy.shares_heads:
+        over = sum(kept) > budget * len(kept)
+        return f"kept {kept} positions where {budget} may stay on average" if over else ""
     return f"kept {kept} positions where {budget} may stay" if max(kept) > budget else ""
 
 

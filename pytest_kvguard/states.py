@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pytest_kvguard.policies.base import LayerState, Unit
+from pytest_kvguard.policies.base import LayerState, Passage, Unit
 
 TEXTURES: dict[str, Callable[[Tensor], Tensor]] = {
     "even": lambda drawn: drawn,
@@ -52,6 +52,29 @@ def layer_states(
         attention_sums=_attention_sums(queries, keys, 0.5),
         layer=draw(st.integers(0, layers - 1)),
         layers=layers,
+        output=torch.randn(heads * group, 4, 6, generator=generator).to(dtype),
+        turn=_turn,
+        passages=draw(_passages(length)),
+        special=torch.arange(length) == draw(st.integers(-1, length - 1)),
+        punctuation=torch.rand(length, generator=generator) < 0.2,
+    )
+
+
+def _turn(keys: Tensor, by: Tensor) -> Tensor:
+    """Rotate channel i with channel i + D/2, each pair at its own pace."""
+    pairs = keys.shape[-1] // 2
+    angle = by.unsqueeze(-1).float() / 10 ** torch.arange(pairs)
+    turned = torch.view_as_complex(torch.stack(keys.float().chunk(2, dim=-1), dim=-1))
+    turned = turned * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([turned.real, turned.imag], dim=-1).to(keys.dtype)
+
+
+@st.composite
+def _passages(draw: st.DrawFn, length: int) -> tuple[Passage, ...]:
+    kinds = st.sampled_from(["template", "system", "shot", "document", "question"])
+    inner = draw(st.sets(st.integers(1, length), max_size=4)) - {length}
+    return tuple(
+        Passage(draw(kinds), range(*ends)) for ends in pairwise([0, *sorted(inner), length])
     )
 
 

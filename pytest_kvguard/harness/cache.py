@@ -69,9 +69,10 @@ def compress_text(loaded: Loaded, text: str, policy: Policy, ratio: float) -> Co
     seam = Seam(loaded.model)
     with seam.open():
         held = prefill(seam, ids, Observe(policy.window, policy.needs_sums))
-        states = held.states((), prompt.protection(policy, seam.device))
+        rotation = find_rotation(seam) if policy.rerotate or policy.needs_turn else None
+        turn = rotation.turn if rotation else None
+        states = held.states(prompt.about, prompt.protection(policy, seam.device), turn)
         masks = keep_masks(policy, importances(policy, states), states, ratio)
         budgets = [policy.budget(state, ratio) for state in states]
-        rotation = find_rotation(seam) if policy.rerotate else None
-        kept = keep(held, masks, budgets, prompt.fed, rotation)
+        kept = keep(held, masks, budgets, prompt.fed, rotation if policy.rerotate else None)
     return CompressedCache(prompt, kept, keep_all(held, prompt.fed).bytes, loaded)

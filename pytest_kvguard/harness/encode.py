@@ -1,13 +1,15 @@
 """From the text of a sample to the tokens of a prompt, each token with its part."""
 
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 from typing import Any
 
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.kv.grid import Prompt
-from pytest_kvguard.policies.base import Unit
+from pytest_kvguard.kv.prefill import About
+from pytest_kvguard.policies.base import Passage, Unit
 from pytest_kvguard.tasks.base import Kind, Sample, Task
-from pytest_kvguard.tasks.prompt import Message, render
+from pytest_kvguard.tasks.prompt import Message, SpanKind, render
 from pytest_kvguard.tasks.tokens import context_length, token_kinds, token_spans, unit_positions
 
 KINDS: tuple[Kind, ...] = ("system", "instruction", "shot", "document", "question")
@@ -47,6 +49,20 @@ def _within(length: int, units: Sequence[Unit]) -> tuple[Unit, ...]:
     return tuple(unit for unit in clipped if unit)
 
 
+def _passages(kinds: Sequence[SpanKind], owners: Sequence[int]) -> tuple[Passage, ...]:
+    """Group neighbouring tokens of the same part."""
+    starts = [at for at in range(len(kinds)) if at == 0 or owners[at] != owners[at - 1]]
+    return tuple(
+        Passage(kinds[start], range(start, stop)) for start, stop in pairwise([*starts, len(kinds)])
+    )
+
+
+def _punctuation(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """Find the tokens that are punctuation and nothing else."""
+    words = (text[start:end].strip() for start, end in offsets)
+    return tuple(at for at, word in enumerate(words) if word and not any(map(str.isalnum, word)))
+
+
 def _encode(
     sample: Sample, tokenizer: Any, chat: bool, ahead: bool, protect: Collection[str]
 ) -> Prompt:
@@ -66,10 +82,17 @@ def _encode(
             f"sample {sample.id!r} has nothing before its question, so there is no context to "
             f"compress; use --kv-protocol=prompt"
         )
+    ids, special = tuple(tokens["input_ids"]), frozenset(tokenizer.all_special_ids)
+    length = context if ahead else len(ids)
     return Prompt(
-        ids=tuple(tokens["input_ids"]),
+        ids=ids,
         context=context,
         ahead=ahead,
-        units=_within(context if ahead else len(owners), unit_positions(rendered.spans, owners)),
+        about=About(
+            units=_within(length, unit_positions(rendered.spans, owners)),
+            passages=_passages(kinds[:length], owners),
+            special=tuple(at for at, id in enumerate(ids[:length]) if id in special),
+            punctuation=_punctuation(rendered.text, tokens["offset_mapping"][:length]),
+        ),
         protected=tuple(at for at, kind in enumerate(kinds) if kind in protect),
     )

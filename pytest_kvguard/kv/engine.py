@@ -7,59 +7,37 @@ through the model together, as many as memory allows.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from pytest_kvguard.kv.chunks import chunks
-from pytest_kvguard.kv.compress import Kept, importances, keep, keep_all, keep_masks
+from pytest_kvguard.kv.compress import importances, keep_masks
 from pytest_kvguard.kv.decode import Answer, Stopping, greedy, judge, score_draft
 from pytest_kvguard.kv.evicting import Decoding, evicting
 from pytest_kvguard.kv.grid import Cell, Grid, Outcome, Prompt
-from pytest_kvguard.kv.prefill import Observe, Prefill, prefill
+from pytest_kvguard.kv.jobs import (
+    LOGIT_BYTES,
+    Draft,
+    HeldPrompt,
+    Job,
+    by_context,
+    decoding_alike,
+    fail,
+    grown,
+    kept_of,
+    record,
+    row_bytes,
+)
+from pytest_kvguard.kv.prefill import Observe, prefill
 from pytest_kvguard.kv.rope import Rotation, find_rotation
-from pytest_kvguard.kv.rows import GROWTH, GrowingLayer, LayerFactory, Rows
+from pytest_kvguard.kv.rows import GrowingLayer, LayerFactory, Rows
 from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.kv.selfcheck import check_faithful
 from pytest_kvguard.policies.base import LayerState, Policy
 
-LOGIT_BYTES = 12  # a float32 logit, its log-softmax, and the reference's
 SHARE = 4  # prefills, references and rows exist at the same time, each a part of the memory
-
-
-@dataclass(frozen=True)
-class _Held:
-    """A prompt with its prefill."""
-
-    index: int
-    prompt: Prompt
-    prefill: Prefill
-
-    @property
-    def full(self) -> Kept:
-        """Everything before what is fed again."""
-        return keep_all(self.prefill, self.prompt.fed)
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """A prompt with the full cache's answer and the logits that decided it."""
-
-    held: _Held
-    tokens: list[int]
-    logits: Tensor  # (len(tokens), V)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A row to come: one prompt under one cell."""
-
-    draft: _Draft
-    cell: int
-    masks: list[Tensor]
-    budgets: list[int]
 
 
 class Engine:
@@ -90,7 +68,7 @@ class Engine:
         grid = Grid(Outcome(), {index: Outcome() for index in range(len(cells))})
         total = len(prompts) * (1 + len(cells))
         done = 0
-        waiting: list[_Held] = []  # answered by the full cache, not yet under the cells
+        waiting: list[HeldPrompt] = []  # answered by the full cache, not yet under the cells
         with self.seam.open():
             for wave, full in self._waves(prompts, cells, grid, first):
                 on_trial = len(grid.baseline.answers) < first
@@ -116,7 +94,7 @@ class Engine:
 
     def _waves(
         self, prompts: Sequence[Prompt], cells: Sequence[Cell], grid: Grid, first: int
-    ) -> Iterator[tuple[list[_Held], bool]]:
+    ) -> Iterator[tuple[list[HeldPrompt], bool]]:
         """Prefill the prompts, those of a context together.
 
         Yields some at a time, and whether memory holds no more: then all that were yielded since
@@ -126,9 +104,9 @@ class Engine:
             window=max([cell.policy.window for cell in cells], default=1),
             sums=any(cell.policy.needs_sums for cell in cells),
         )
-        wave: list[_Held] = []
+        wave: list[HeldPrompt] = []
         used, most = 0, first
-        for indices in _by_context(prompts):
+        for indices in by_context(prompts):
             shared = None
             if len(indices) > 1:
                 start = prompts[indices[0]]
@@ -140,7 +118,7 @@ class Engine:
                 held = shared
                 if held is None or len(held.ids) < len(ids):
                     held = prefill(self.seam, ids, observe, after=shared)
-                wave.append(_Held(index, prompt, held))
+                wave.append(HeldPrompt(index, prompt, held))
                 used += wave[-1].full.bytes
                 full = used > self.memory // SHARE
                 if full or len(wave) >= most:
@@ -149,9 +127,9 @@ class Engine:
                     used = 0 if full else used
         yield wave, True
 
-    def _baseline(self, wave: Sequence[_Held], grid: Grid, stopping: Stopping) -> None:
+    def _baseline(self, wave: Sequence[HeldPrompt], grid: Grid, stopping: Stopping) -> None:
         """Let the full cache answer a wave of prompts."""
-        for batch in chunks(wave, lambda held: _grown(held, stopping.most), self.memory // SHARE):
+        for batch in chunks(wave, lambda held: grown(held, stopping.most), self.memory // SHARE):
             started = perf_counter()
             answers = [Answer() for _ in batch]
             full = [held.full for held in batch]
@@ -159,20 +137,20 @@ class Engine:
             outcome = grid.baseline
             outcome.forwards += max(answer.forwards for answer in answers)
             for held, kept, answer in zip(batch, full, answers, strict=True):
-                _record(outcome, held, kept, kept, answer)
+                record(outcome, held, kept, kept, answer)
             outcome.seconds += perf_counter() - started
 
-    def _draft_bytes(self, grid: Grid) -> Callable[[_Held], int]:
+    def _draft_bytes(self, grid: Grid) -> Callable[[HeldPrompt], int]:
         """Tell what a prompt's draft logits take, in bytes."""
         vocabulary = self.seam.vocabulary
 
-        def size(held: _Held) -> int:
+        def size(held: HeldPrompt) -> int:
             return len(grid.baseline.answers[held.index].tokens) * vocabulary * LOGIT_BYTES
 
         return size
 
     def _cells(
-        self, part: Sequence[_Held], cells: Sequence[Cell], grid: Grid, stopping: Stopping
+        self, part: Sequence[HeldPrompt], cells: Sequence[Cell], grid: Grid, stopping: Stopping
     ) -> None:
         """Answer some prompts under every cell."""
         if not cells:
@@ -180,26 +158,51 @@ class Engine:
         tokens = [grid.baseline.answers[held.index].tokens for held in part]
         rows = Rows([held.full for held in part])
         logits = score_draft(self.seam, rows, [held.prompt.tail for held in part], tokens)
-        drafts = [_Draft(*found) for found in zip(part, tokens, logits, strict=True)]
+        drafts = [Draft(*found) for found in zip(part, tokens, logits, strict=True)]
         grid.disagreements += sum(
             draft.logits.argmax(dim=-1).tolist() != draft.tokens for draft in drafts
         )
-        for together in _decoding_alike(cells):
-            jobs = [job for d in drafts for job in _select(d, together, cells, grid)]
-            for batch in chunks(jobs, _row_bytes, self.memory // SHARE):
+        for together in decoding_alike(cells):
+            jobs = [job for d in drafts for job in self._select(d, together, cells, grid)]
+            for batch in chunks(jobs, row_bytes, self.memory // SHARE):
                 try:
                     self._answer(batch, cells, grid, stopping)
                 except Exception as problem:  # other people's code: its cells fail alone
                     for job in batch:
-                        _fail(grid.cells[job.cell], job.draft.held, problem)
+                        fail(grid.cells[job.cell], job.draft.held, problem)
+
+    def _select(
+        self, draft: Draft, together: Sequence[int], cells: Sequence[Cell], grid: Grid
+    ) -> Iterator[Job]:
+        """Choose what each cell keeps of a prompt; importance is rated once a policy."""
+        held = draft.held
+        rated: dict[int, tuple[list[Tensor], tuple[LayerState, ...]]] = {}
+        for index in together:
+            cell, outcome = cells[index], grid.cells[index]
+            if outcome.problem is not None:
+                continue
+            try:
+                if id(cell.policy) not in rated:
+                    mask = held.prompt.protection(cell.policy, held.prefill.layers[0].keys.device)
+                    rotation = self._find_rotation() if cell.policy.needs_turn else None
+                    turn = rotation.turn if rotation else None
+                    states = held.prefill.states(held.prompt.about, mask, turn)
+                    rated[id(cell.policy)] = importances(cell.policy, states), states
+                ratings, states = rated[id(cell.policy)]
+                masks = keep_masks(cell.policy, ratings, states, cell.ratio)
+                budgets = [cell.policy.budget(state, cell.ratio) for state in states]
+            except Exception as problem:  # other people's code: its cell fails alone
+                fail(outcome, held, problem)
+                continue
+            yield Job(draft, index, masks, budgets)
 
     def _answer(
-        self, batch: Sequence[_Job], cells: Sequence[Cell], grid: Grid, stopping: Stopping
+        self, batch: Sequence[Job], cells: Sequence[Cell], grid: Grid, stopping: Stopping
     ) -> None:
         """Answer one batch of rows: read the drafts, then write on where they are not shared."""
         started = perf_counter()
         rotations = [self._rotation_for(cells[job.cell].policy) for job in batch]
-        kept = [_kept(job, turn) for job, turn in zip(batch, rotations, strict=True)]
+        kept = [kept_of(job, turn) for job, turn in zip(batch, rotations, strict=True)]
         tails = [job.draft.held.prompt.tail for job in batch]
         make = self._layers(batch, cells, stopping)
         rows = Rows(kept, make)
@@ -228,18 +231,19 @@ class Engine:
             grid.cells[cell].seconds += spent * sum(answers[i].fed for i in mine)
             for i in mine:
                 held = batch[i].draft.held
-                _record(grid.cells[cell], held, held.full, kept[i], answers[i])
+                record(grid.cells[cell], held, held.full, kept[i], answers[i])
             grid.cells[cell].evicted += sum(evicted[i] for i in mine)
 
     def _rotation_for(self, policy: Policy) -> Rotation | None:
-        if not policy.rerotate:
-            return None
+        return self._find_rotation() if policy.rerotate else None
+
+    def _find_rotation(self) -> Rotation:
         if self._rotation is None:
             self._rotation = find_rotation(self.seam)
         return self._rotation
 
     def _layers(
-        self, batch: Sequence[_Job], cells: Sequence[Cell], stopping: Stopping
+        self, batch: Sequence[Job], cells: Sequence[Cell], stopping: Stopping
     ) -> LayerFactory:
         """Choose how the layers of a batch decode; all its rows decode alike."""
         cell = cells[batch[0].cell]
@@ -262,76 +266,3 @@ class Engine:
                 rotation=self._rotation_for(cell.policy),
             )
         )
-
-
-def _by_context(prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Group the indices of prompts that begin with the same context, by first appearance."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        groups.setdefault(prompt.ids[: prompt.context] or (-1 - index,), []).append(index)
-    return list(groups.values())
-
-
-def _decoding_alike(cells: Sequence[Cell]) -> list[list[int]]:
-    """Group the indices of cells whose rows can be decoded side by side."""
-    groups: dict[int, list[int]] = {}
-    for index, cell in enumerate(cells):
-        key = id(cell.policy) if cell.decode else 0
-        groups.setdefault(key, []).append(index)
-    return list(groups.values())
-
-
-def _select(
-    draft: _Draft, together: Sequence[int], cells: Sequence[Cell], grid: Grid
-) -> Iterator[_Job]:
-    """Choose what each cell keeps of a prompt; importance is rated once a policy."""
-    held = draft.held
-    rated: dict[int, tuple[list[Tensor], tuple[LayerState, ...]]] = {}
-    for index in together:
-        cell, outcome = cells[index], grid.cells[index]
-        if outcome.problem is not None:
-            continue
-        try:
-            if id(cell.policy) not in rated:
-                mask = held.prompt.protection(cell.policy, held.prefill.layers[0].keys.device)
-                states = held.prefill.states(held.prompt.units, mask)
-                rated[id(cell.policy)] = importances(cell.policy, states), states
-            ratings, states = rated[id(cell.policy)]
-            masks = keep_masks(cell.policy, ratings, states, cell.ratio)
-            budgets = [cell.policy.budget(state, cell.ratio) for state in states]
-        except Exception as problem:  # other people's code: its cell fails alone
-            _fail(outcome, held, problem)
-            continue
-        yield _Job(draft, index, masks, budgets)
-
-
-def _fail(outcome: Outcome, held: _Held, problem: Exception) -> None:
-    if outcome.problem is None:
-        outcome.problem = held.index, f"{type(problem).__name__}: {problem}"
-
-
-def _grown(held: _Held, new: int) -> int:
-    """Bytes of a full row with ``new`` generated tokens."""
-    return held.full.bytes * (held.prompt.compressed + new) // max(1, held.prompt.fed)
-
-
-def _row_bytes(job: _Job) -> int:
-    """Bytes a row takes: what is held, what its draft adds, and the draft's logits."""
-    prompt = job.draft.held.prompt
-    tokens = max(job.budgets) + len(prompt.tail) + len(job.draft.tokens) + GROWTH
-    caches = job.draft.held.full.bytes * tokens // max(1, prompt.fed)
-    return caches + job.draft.logits.numel() * LOGIT_BYTES
-
-
-def _kept(job: _Job, rotation: Rotation | None) -> Kept:
-    held = job.draft.held
-    return keep(held.prefill, job.masks, job.budgets, held.prompt.fed, rotation)
-
-
-def _record(outcome: Outcome, held: _Held, full: Kept, kept: Kept, answer: Answer) -> None:
-    again = held.prompt.compressed - held.prompt.fed  # tokens of the prompt that were fed again
-    outcome.answers[held.index] = answer
-    outcome.held.append((kept.held.cpu().double() + again) / held.prompt.compressed)
-    outcome.bytes_full += full.bytes
-    outcome.bytes_held += kept.bytes
-    outcome.tokens += answer.fed

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from pytest_kvguard.kv.decode import Answer
-from pytest_kvguard.policies.base import DecodeEviction, Policy, Unit
+from pytest_kvguard.kv.prefill import UNKNOWN, About
+from pytest_kvguard.policies.base import DecodeEviction, Policy
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Prompt:
     ids: tuple[int, ...]
     context: int  # tokens before the question; prompts that share them share their prefill
     ahead: bool = False  # compress the context, before the question is seen
-    units: tuple[Unit, ...] = ()  # token positions, all inside what is compressed
+    about: About = UNKNOWN  # token positions, all inside what is compressed
     protected: tuple[int, ...] = ()  # token positions every policy must keep
 
     @property
@@ -46,9 +47,9 @@ class Prompt:
         keeps whole units, also everything outside them.
         """
         mask = torch.zeros(self.compressed, dtype=torch.bool, device=device)
-        if policy.keeps_units and self.units:
+        if policy.keeps_units and self.about.units:
             mask[:] = True
-            for unit in self.units:
+            for unit in self.about.units:
                 for span in unit:
                     mask[span.start : span.stop] = False
         mask[[at for at in self.protected if at < self.compressed]] = True

@@ -9,7 +9,7 @@ from torch import Tensor
 from pytest_kvguard.errors import Unsupported
 from pytest_kvguard.kv.attention import attend, attend_causally, column_sums, visible
 from pytest_kvguard.kv.seam import Seam, Step
-from pytest_kvguard.policies.base import LayerState, Unit
+from pytest_kvguard.policies.base import LayerState, Passage, Turn, Unit
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,20 @@ class Observe:
 
     window: int = 1  # how many of the last queries
     sums: bool = False  # whether attention is summed per key over all queries
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of a prompt's tokens beside their ids; positions."""
+
+    units: tuple[Unit, ...] = ()
+    passages: tuple[Passage, ...] = ()
+    special: tuple[int, ...] = ()
+    punctuation: tuple[int, ...] = ()
+
+
+UNKNOWN = About()
+"""Nothing is known beside the ids."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,7 @@ class HeldLayer:
     sums: Tensor | None  # (Hq, T) float32
     scaling: float
     window: int | None  # None: full attention, hence compressible
+    output: Tensor | None = None  # (Hq, D, M)
 
 
 @dataclass(frozen=True)
@@ -45,9 +60,14 @@ class Prefill:
         """The layers with full attention; the others are left alone."""
         return tuple(layer for layer in self.layers if layer.window is None)
 
-    def states(self, units: Sequence[Unit], protected: Tensor) -> tuple[LayerState, ...]:
+    def states(
+        self, about: About, protected: Tensor, turn: Turn | None = None
+    ) -> tuple[LayerState, ...]:
         """Show each compressible layer as policies see it. protected: (T,) bool."""
         layers = self.compressible
+        length, device = layers[0].keys.shape[1], layers[0].keys.device
+        special = marked(about.special, length, device)
+        punctuation = marked(about.punctuation, length, device)
         return tuple(
             LayerState(
                 keys=layer.keys,
@@ -55,10 +75,15 @@ class Prefill:
                 queries=layer.queries,
                 scaling=layer.scaling,
                 protected=protected,
-                units=tuple(units),
+                units=about.units,
                 attention_sums=layer.sums,
                 layer=index,
                 layers=len(layers),
+                output=layer.output,
+                turn=turn,
+                passages=about.passages,
+                special=special,
+                punctuation=punctuation,
             )
             for index, layer in enumerate(layers)
         )
@@ -120,5 +145,13 @@ def _extend(
         sums=sums,
         scaling=step.scaling,
         window=step.window,
+        output=step.output,
     )
     return layer, seen
+
+
+def marked(positions: Sequence[int], length: int, device: torch.device) -> Tensor:
+    """Mark the positions that lie within ``length``, (length,) bool."""
+    mask = torch.zeros(length, dtype=torch.bool, device=device)
+    mask[[at for at in positions if at < length]] = True
+    return mask

@@ -24,6 +24,9 @@ KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 CHANGES_ATTENTION = ("softcap", "s_aux", "position_bias", "head_mask", "indices")
 """Arguments that some models pass to attention and that ours would have to honour."""
 
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense")
+"""What models call the projection behind attention."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -35,6 +38,7 @@ class Step:
     value: Tensor  # (R, Hkv, Q, D)
     scaling: float
     window: int | None  # positions a sliding layer sees, the token itself included
+    output: Tensor | None = None  # (Hq, D, M) what the output projection makes of each head
 
 
 Attend = Callable[[Step], Tensor]
@@ -118,7 +122,8 @@ class Seam:
         if self._attend is None:
             raise Unsupported("the model was called from outside while its attention was ours")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        step = Step(module.layer_idx, query, key, value, scaling, sliding_window)
+        output = _output_projection(module, query.shape[1])
+        step = Step(module.layer_idx, query, key, value, scaling, sliding_window, output)
         return self._attend(step).transpose(1, 2).contiguous(), None
 
 
@@ -131,6 +136,14 @@ def check_layers(model: PreTrainedModel) -> None:
             f"{type(model).__name__} has layers of type {', '.join(odd)}; only "
             f"{' and '.join(sorted(KNOWN_LAYERS))} can be compressed or left alone"
         )
+
+
+def _output_projection(module: Any, heads: int) -> Tensor | None:
+    """Return the weights that mix the heads' outputs, (Hq, D, M), where they can be told."""
+    for name in OUTPUT_PROJECTIONS:
+        if isinstance(linear := getattr(module, name, None), torch.nn.Linear):
+            return linear.weight.T.unflatten(0, (heads, -1))
+    return None
 
 
 def _closed(*_: Any, **__: Any) -> tuple[Tensor, None]:

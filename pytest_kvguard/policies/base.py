@@ -17,6 +17,18 @@ from torch import Tensor
 Unit = tuple[range, ...]
 """Token positions that live or die together: a set of spans, disjoint and in order."""
 
+Turn = Callable[[Tensor, Tensor], Tensor]
+"""Keys or queries (..., n, D) and positions (..., n) -> the same, rotated that much further."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Neighbouring positions that come from one part of a prompt."""
+
+    kind: str  # system, instruction, shot, document, question or template
+    positions: range
+
+
 EMPTY = -1
 """The position of a slot that holds nothing."""
 
@@ -37,6 +49,12 @@ class LayerState:
     attention_sums: Tensor | None = None  # (Hq, T) float32, summed over all T causal queries
     layer: int = 0  # index among the compressible layers
     layers: int = 1  # how many compressible layers there are
+    output: Tensor | None = None  # (Hq, D, M) what the output projection makes of each head
+    turn: Turn | None = None  # undoes and redoes RoPE; with a policy that needs it
+    alive: Tensor | None = None  # (T,) bool; others were dropped by an earlier layer for good
+    passages: tuple[Passage, ...] = ()  # in order; together they are the whole prompt
+    special: Tensor | None = None  # (T,) bool; tokens that stand for no text, such as BOS
+    punctuation: Tensor | None = None  # (T,) bool; tokens of punctuation alone
 
     @property
     def length(self) -> int:
@@ -53,7 +71,8 @@ Budget = Callable[[LayerState, float], int]
 Selector = Callable[[Tensor, int, LayerState], Tensor]
 """importance (Hkv, T), N, state -> keep mask (Hkv, T) bool.
 
-At most N per head, never none, every protected position among them.
+At most N per head (of a policy that ``shares_heads``: N on average over the heads), never none,
+every protected position among them.
 """
 
 
@@ -109,6 +128,8 @@ class Policy:
     params: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     window: int = 1  # how many of the last queries `importance` looks at
     needs_sums: bool = False  # whether it looks at `attention_sums`
+    needs_turn: bool = False  # whether it looks at `turn`
+    shares_heads: bool = False  # whether heads share the layer's budget unequally
     keeps_units: bool = False  # whether whole units are kept; what is outside them is protected
     reuse: int = 1  # this many neighbouring layers share the first one's selection
     rerotate: bool = False  # keys move to their index in the cache (cache positions)

@@ -27,7 +27,11 @@ def checked_keep(policy: Policy, importance: Tensor, state: LayerState, ratio: f
     )
     kept = mask.sum(dim=-1)
     fewest, most = int(kept.min()), int(kept.max())
-    _require(most <= budget, f"{where}: kept {most} positions, the budget is {budget}")
+    if policy.shares_heads:
+        total, allowed = int(mask.sum()), budget * shape[0]
+        _require(total <= allowed, f"{where}: its heads kept {total} positions, not {allowed}")
+    else:
+        _require(most <= budget, f"{where}: kept {most} positions, the budget is {budget}")
     _require(fewest > 0, f"{where}: a head kept no position, the budget is {budget}")
     dropped = int((state.protected & ~mask).any(dim=0).sum())
     _require(

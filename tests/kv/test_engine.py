@@ -19,7 +19,7 @@ from pytest_kvguard.kv.decode import Answer, Stopping, greedy
 from pytest_kvguard.kv.engine import Engine
 from pytest_kvguard.kv.evicting import Decoding, evicting
 from pytest_kvguard.kv.grid import Cell, Grid, Prompt
-from pytest_kvguard.kv.prefill import Observe, prefill
+from pytest_kvguard.kv.prefill import About, Observe, prefill
 from pytest_kvguard.kv.rows import GrowingLayer, Rows
 from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.policies import POLICIES, get_policy
@@ -35,7 +35,7 @@ STOPPING = Stopping(12, frozenset({5}), (), lambda ids: " ".join(map(str, ids)))
 
 
 def prompts(*, ahead: bool = False) -> list[Prompt]:
-    return [Prompt(tuple(CONTEXT + q), len(CONTEXT), ahead, UNITS) for q in QUESTIONS]
+    return [Prompt(tuple(CONTEXT + q), len(CONTEXT), ahead, About(UNITS)) for q in QUESTIONS]
 
 
 def cells(*specs: str, ratios: tuple[float, ...] = (0.5,)) -> list[Cell]:
@@ -108,7 +108,7 @@ def without_draft(cell: Cell, prompt: Prompt) -> list[int]:
     seam, answer, device = Seam(family("llama")), Answer(), torch.device("cpu")
     with seam.open():
         held = prefill(seam, prompt.ids, Observe(cell.policy.window, cell.policy.needs_sums))
-        states = held.states(prompt.units, prompt.protection(cell.policy, device))
+        states = held.states(prompt.about, prompt.protection(cell.policy, device))
         masks = keep_masks(cell.policy, importances(cell.policy, states), states, cell.ratio)
         budgets = [cell.policy.budget(state, cell.ratio) for state in states]
         kept = keep(held, masks, budgets, prompt.fed)

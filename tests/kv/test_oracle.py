@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from pytest_kvguard.kv.compress import Kept, importances, keep, keep_masks
 from pytest_kvguard.kv.evicting import Decoding, EvictingLayer, evicting
 from pytest_kvguard.kv.grid import Prompt
-from pytest_kvguard.kv.prefill import Observe, Prefill, prefill
+from pytest_kvguard.kv.prefill import About, Observe, Prefill, prefill
 from pytest_kvguard.kv.rope import Rotation, find_rotation
 from pytest_kvguard.kv.rows import GrowingLayer, Rows
 from pytest_kvguard.kv.seam import Seam
@@ -35,9 +35,9 @@ def policy_of(name: str) -> Policy:
 
 
 def compressed(seam: Seam, policy: Policy, ratio: float = RATIO) -> tuple[Prefill, list, Kept]:
-    prompt = Prompt(tuple(PROMPT), context=0, units=UNITS)
+    prompt = Prompt(tuple(PROMPT), context=0, about=About(units=UNITS))
     held = prefill(seam, PROMPT, Observe(policy.window, policy.needs_sums))
-    states = held.states(UNITS, prompt.protection(policy, torch.device("cpu")))
+    states = held.states(prompt.about, prompt.protection(policy, torch.device("cpu")))
     masks = keep_masks(policy, importances(policy, states), states, ratio)
     budgets = [policy.budget(state, ratio) for state in states]
     return held, masks, keep(held, masks, budgets, prompt.fed)
@@ -183,7 +183,7 @@ def test_policies_see_the_attention_the_model_computed(name):
     seam = Seam(model)
     with seam.open():
         held = prefill(seam, PROMPT, Observe(window=9, sums=True))
-    states = held.states((), torch.zeros(len(PROMPT), dtype=torch.bool))
+    states = held.states(About(), torch.zeros(len(PROMPT), dtype=torch.bool))
     own = own_attention(name)
     for layer, state in zip(held.compressible, states, strict=True):
         expected = own[layer.layer][0]  # (Hq, T, T)
@@ -191,6 +191,34 @@ def test_policies_see_the_attention_the_model_computed(name):
         torch.testing.assert_close(seen, expected[:, -9:], rtol=1e-4, atol=1e-5)
         sums = expected.double().sum(dim=1).float()
         torch.testing.assert_close(state.attention_sums, sums, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_policies_see_what_the_output_projection_makes_of_each_head(name):
+    model = family(name)
+    seam, entered, left = Seam(model), {}, {}
+
+    def watch(module, args, output):
+        entered[module], left[module] = (
+            args[0],
+            output - (0 if module.bias is None else module.bias),
+        )
+
+    projections = {m: n for n, m in model.named_modules() if n.endswith(("o_proj", "dense"))}
+    hooks = [module.register_forward_hook(watch) for module in projections]
+    try:
+        with seam.open():
+            held = prefill(seam, PROMPT, Observe())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = [layer.output for layer in held.layers]
+    seen = [module for module in projections if module in entered]
+    assert len(seen) == len(found) > 0
+    for output, module in zip(found, seen, strict=True):
+        heads = entered[module][0].unflatten(-1, output.shape[:2])  # (T, Hq, D)
+        made = torch.einsum("thd,hdm->tm", heads, output)
+        torch.testing.assert_close(made, left[module][0], rtol=1e-4, atol=1e-5)
 
 
 def own_attention(name: str) -> tuple[Tensor, ...]:
@@ -281,7 +309,7 @@ def in_cache_positions(layer: type | None) -> tuple[PreTrainedModel, Tensor, lis
         rotation = find_rotation(seam)
         prompt = Prompt(tuple(PROMPT), context=0)
         held = prefill(seam, PROMPT, Observe())
-        states = held.states((), prompt.protection(rule, torch.device("cpu")))
+        states = held.states(About(), prompt.protection(rule, torch.device("cpu")))
         masks = keep_masks(rule, importances(rule, states), states, RATIO)
         kept = keep(held, masks, [20], prompt.fed, rotation)
         make = layer or evicting(decoding_of(rule, kept, rotation))

@@ -1,0 +1,100 @@
+"""What the engine has in hand: prompts, their drafts, and the rows to come."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pytest_kvguard.kv.compress import Kept, keep, keep_all
+from pytest_kvguard.kv.decode import Answer
+from pytest_kvguard.kv.grid import Cell, Outcome, Prompt
+from pytest_kvguard.kv.prefill import Prefill
+from pytest_kvguard.kv.rope import Rotation
+from pytest_kvguard.kv.rows import GROWTH
+
+LOGIT_BYTES = 12  # a float32 logit, its log-softmax, and the reference's
+
+
+@dataclass(frozen=True)
+class HeldPrompt:
+    """A prompt with its prefill."""
+
+    index: int
+    prompt: Prompt
+    prefill: Prefill
+
+    @property
+    def full(self) -> Kept:
+        """Everything before what is fed again."""
+        return keep_all(self.prefill, self.prompt.fed)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A prompt with the full cache's answer and the logits that decided it."""
+
+    held: HeldPrompt
+    tokens: list[int]
+    logits: Tensor  # (len(tokens), V)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row to come: one prompt under one cell."""
+
+    draft: Draft
+    cell: int
+    masks: list[Tensor]
+    budgets: list[int]
+
+
+def by_context(prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Group the indices of prompts that begin with the same context, by first appearance."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(prompt.ids[: prompt.context] or (-1 - index,), []).append(index)
+    return list(groups.values())
+
+
+def decoding_alike(cells: Sequence[Cell]) -> list[list[int]]:
+    """Group the indices of cells whose rows can be decoded side by side."""
+    groups: dict[int, list[int]] = {}
+    for index, cell in enumerate(cells):
+        key = id(cell.policy) if cell.decode else 0
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
+def fail(outcome: Outcome, held: HeldPrompt, problem: Exception) -> None:
+    """Note the first prompt that a cell failed on; its other prompts are not tried."""
+    if outcome.problem is None:
+        outcome.problem = held.index, f"{type(problem).__name__}: {problem}"
+
+
+def grown(held: HeldPrompt, new: int) -> int:
+    """Bytes of a full row with ``new`` generated tokens."""
+    return held.full.bytes * (held.prompt.compressed + new) // max(1, held.prompt.fed)
+
+
+def row_bytes(job: Job) -> int:
+    """Bytes a row takes: what is held, what its draft adds, and the draft's logits."""
+    prompt = job.draft.held.prompt
+    tokens = max(job.budgets) + len(prompt.tail) + len(job.draft.tokens) + GROWTH
+    caches = job.draft.held.full.bytes * tokens // max(1, prompt.fed)
+    return caches + job.draft.logits.numel() * LOGIT_BYTES
+
+
+def kept_of(job: Job, rotation: Rotation | None) -> Kept:
+    """Gather what a row starts from."""
+    held = job.draft.held
+    return keep(held.prefill, job.masks, job.budgets, held.prompt.fed, rotation)
+
+
+def record(outcome: Outcome, held: HeldPrompt, full: Kept, kept: Kept, answer: Answer) -> None:
+    """Add one prompt's answer, and what was held for it, to a cell's outcome."""
+    again = held.prompt.compressed - held.prompt.fed  # tokens of the prompt that were fed again
+    outcome.answers[held.index] = answer
+    outcome.held.append((kept.held.cpu().double() + again) / held.prompt.compressed)
+    outcome.bytes_full += full.bytes
+    outcome.bytes_held += kept.bytes
+    outcome.tokens += answer.fed
