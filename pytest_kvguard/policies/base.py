@@ -10,7 +10,7 @@ Shapes are written with these letters throughout the package:
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -117,6 +117,10 @@ class DecodeEviction:
     accumulate: bool = False  # carry `sums` from the prefill on
 
 
+Saves = Literal["positions", "bytes"]
+"""What a keep ratio is a share of: the positions of a prompt, or the bytes of its full cache."""
+
+
 @dataclass(frozen=True)
 class Policy:
     """Which positions of the KV cache survive, independent of the keep ratio."""
@@ -135,7 +139,12 @@ class Policy:
     rerotate: bool = False  # keys move to their index in the cache (cache positions)
     decode: DecodeEviction | None = None  # None: generated tokens all stay
     decode_ratio: float | None = None  # keep ratio while decoding; None: the prefill's
+    saves: Saves = "positions"  # what the keep ratio is a share of
 
     def keep(self, state: LayerState, ratio: float) -> Tensor:
         """Return the mask of the positions to keep, (Hkv, T) bool."""
         return self.select(self.importance(state), self.budget(state, ratio), state)
+
+
+Modifier = Callable[[Policy], Policy]
+"""A policy -> the same with something changed, under a name that says so: ``shotkv|kivi``."""
