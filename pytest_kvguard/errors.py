@@ -19,7 +19,7 @@ class UnknownName(KVGuardError, LookupError):
         known = sorted(known)
         near = get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        super().__init__(f"unknown {kind} {name!r}; {hint}known: {', '.join(known)}")
+        super().__init__(f"unknown {kind} {name!r}; {hint}known: {', '.join(known) or 'none'}")
 
 
 class Unsupported(KVGuardError):

@@ -16,7 +16,7 @@ from pytest_kvguard.options import (
     keep_ratio,
     max_drop,
 )
-from pytest_kvguard.specs import Spec, parse
+from pytest_kvguard.specs import Spec, parse, parse_call
 
 NAME = "kv_sensitivity"
 SIGNATURE = (
@@ -84,7 +84,7 @@ def plan(mark: pytest.Mark, settings: Settings) -> Plan:
 def _task(given: Any, settings: Settings) -> Any:
     if not isinstance(given, str):
         return given
-    own = parse(given)
+    own = parse_call(given)
     override = settings.tasks.get(own.name, own)
     return Spec(own.name, {**own.params, **override.params})
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pytest_kvguard.errors import InvalidArgument
-from pytest_kvguard.specs import Spec, parse, split
+from pytest_kvguard.specs import Spec, parse, parse_call, split
 
 DEFAULT_MODEL = "reasoner"
 DEFAULT_POLICIES = ("snapkv",)
@@ -108,7 +108,8 @@ OPTIONS = (
     Option(
         "--kv-policy",
         "POLICY",
-        "Policies to test, such as shotkv or 'snapkv(window=16)'; comma-separated or repeated. "
+        "Policies to test, such as shotkv, 'snapkv(window=16)' or 'shotkv+h2o@0.5' (h2o while "
+        "decoding, with a keep ratio of its own); comma-separated or repeated. "
         "Default: the marker's, else snapkv",
         parse,
         many=True,
@@ -135,7 +136,7 @@ OPTIONS = (
         "TASK",
         "Parameters for tasks of that name, such as 'retrieval(length=800)'; comma-separated or "
         "repeated. Default: as each test says",
-        parse,
+        parse_call,
         many=True,
     ),
     Option("--kv-limit", "N", "Samples per task, the first N. Default: all of them", count),

@@ -2,16 +2,20 @@
 
 from collections.abc import Callable
 
-from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.errors import InvalidArgument, UnknownName
 from pytest_kvguard.policies.base import Policy
 from pytest_kvguard.policies.chunkkv import chunkkv
+from pytest_kvguard.policies.combine import combined
+from pytest_kvguard.policies.full import full
 from pytest_kvguard.policies.h2o import h2o
 from pytest_kvguard.policies.knorm import knorm
+from pytest_kvguard.policies.modifiers import MODIFIERS
 from pytest_kvguard.policies.observed_attention import observed_attention
 from pytest_kvguard.policies.pyramidkv import pyramidkv
 from pytest_kvguard.policies.random_baselines import random_shots, random_tokens
 from pytest_kvguard.policies.shotkv import shotkv
 from pytest_kvguard.policies.snapkv import snapkv
+from pytest_kvguard.policies.sources import entry_point_names, from_entry_point, from_source
 from pytest_kvguard.policies.streaming_llm import streaming_llm
 from pytest_kvguard.policies.tova import tova
 from pytest_kvguard.specs import Spec, make, parse
@@ -33,11 +37,39 @@ POLICIES: dict[str, Callable[..., Policy]] = {
 
 
 def get_policy(spec: Spec | str) -> Policy:
-    """Make the policy a spec names, as typed: ``"snapkv(window=16)"``.
+    """Make the policy a spec names, as typed: ``"snapkv(window=16)"``, ``"shotkv+h2o@0.5"``.
 
-    Raises UnknownName for a name or parameter nobody knows, InvalidArgument for a bad value.
+    A modifier that stands alone is applied to the full cache. Raises UnknownName for a name or
+    parameter nobody knows, InvalidArgument for a bad value.
     """
-    return make("policy", parse(spec) if isinstance(spec, str) else spec, POLICIES)
+    spec = parse(spec) if isinstance(spec, str) else spec
+    first, modifiers = Spec(spec.name, spec.params), spec.modifiers
+    if spec.name in MODIFIERS:
+        if spec.decode is not None:
+            raise InvalidArgument(
+                f"{spec.name} in {str(spec)!r} is a modifier, not a policy; write it behind a bar: "
+                f"prefill+{spec.decode}|{first}"
+            )
+        policy, modifiers = full(), (first, *modifiers)
+    else:
+        policy = _named(first)
+    if spec.decode is not None:
+        policy = combined(policy, _named(spec.decode), spec.decode_ratio)
+    for modifier in modifiers:
+        policy = make("modifier", modifier, MODIFIERS)(policy)
+    return policy
+
+
+def _named(spec: Spec) -> Policy:
+    """Make one policy: ours or registered, of a source, or found by its entry point."""
+    if spec.name in POLICIES:
+        return make("policy", spec, POLICIES)
+    if ":" in spec.name:
+        return from_source(spec)
+    others = entry_point_names()
+    if spec.name in others:
+        return from_entry_point(spec)
+    raise UnknownName("policy", spec.name, [*POLICIES, *MODIFIERS, *others])
 
 
 def register_policy(name: str, factory: Callable[..., Policy]) -> None:
@@ -47,5 +79,6 @@ def register_policy(name: str, factory: Callable[..., Policy]) -> None:
     """
     if not name.isidentifier():
         raise InvalidArgument(f"a policy name must be a Python identifier, got {name!r}")
-    if name == "full" or POLICIES.setdefault(name, factory) is not factory:
+    taken = name == "full" or name in MODIFIERS
+    if taken or POLICIES.setdefault(name, factory) is not factory:
         raise InvalidArgument(f"the policy name {name!r} is taken; choose another")

@@ -99,7 +99,7 @@ def not_run(
         model=model,
         ability=base.ability,
         task=base.task,
-        policy=spec.name,
+        policy=spec.names,
         spec=str(spec),
         params=dict(spec.params),
         ratio=ratio,

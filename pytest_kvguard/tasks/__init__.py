@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pytest_kvguard.errors import InvalidArgument
-from pytest_kvguard.specs import Spec, make, parse
+from pytest_kvguard.specs import Spec, make, parse_call
 from pytest_kvguard.tasks.arithmetic import arithmetic
 from pytest_kvguard.tasks.base import Task
 from pytest_kvguard.tasks.long_generation import long_generation
@@ -29,7 +29,7 @@ def get_task(spec: Spec | str, **overrides: Any) -> Task:
 
     Raises UnknownName for a name or a parameter nobody knows, and what the factory raises.
     """
-    spec = parse(spec) if isinstance(spec, str) else spec
+    spec = parse_call(spec) if isinstance(spec, str) else spec
     return make("task", Spec(spec.name, {**spec.params, **overrides}), TASKS)
 
 
