@@ -9,42 +9,28 @@ from pathlib import Path
 
 import pytest
 
-from pytest_kvguard.harness.measure import Bench
-from pytest_kvguard.models import load
 from pytest_kvguard.options import OPTIONS
 from pytest_kvguard.policies import POLICIES
-from pytest_kvguard.tasks import TASKS, get_task
+from pytest_kvguard.tasks import TASKS
+from tests.documents import blocks, section
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def imported():
-    """Runs inside this process forget what they import first, and torch bears no second import."""
-    Bench(load("reasoner")).measure(get_task("facts"), [], limit=1)
-
-
-def blocks(text: str, language: str) -> list[str]:
-    """Return the fenced code blocks of a document, their indentation taken off."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
-    return [re.sub(rf"^{indent}", "", code, flags=re.MULTILINE) for indent, code in found]
-
-
-def rows(heading: str) -> str:
-    """Return the section of the README under a heading."""
-    return README.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+pytestmark = pytest.mark.usefixtures("imported")
 
 
 def test_every_option_has_a_row():
-    shown = re.findall(r"^\| `(--[a-z-]+) ([A-Z]+)`", rows("Options"), flags=re.MULTILINE)
+    shown = re.findall(
+        r"^\| `(--[a-z-]+) ([A-Z]+)`", section(README, "## Options"), flags=re.MULTILINE
+    )
     assert shown == [(option.flag, option.metavar) for option in OPTIONS]
 
 
 def named(heading: str) -> list[str]:
     """Return the names in the first column of the table under a heading."""
-    first_cells = re.findall(r"^\| (`.*?) \|", rows(heading), flags=re.MULTILINE)
+    first_cells = re.findall(r"^\| (`.*?) \|", section(README, f"## {heading}"), flags=re.MULTILINE)
     return re.findall(r"`(\w+)`", " ".join(first_cells))
 
 
@@ -54,7 +40,7 @@ def test_every_task_has_a_row():
 
 def test_the_policies_shown_exist_and_docs_has_them_all():
     assert set(named("Policies")) <= set(POLICIES)
-    assert "docs/policies.md" in rows("Policies")
+    assert "docs/policies.md" in section(README, "## Policies")
 
 
 def test_the_command_at_the_top_runs(pytester, monkeypatch):
@@ -103,15 +89,6 @@ def test_a_model_of_ones_own_comes_from_the_fixture_shown(pytester):
     pytester.makeconftest(conftest + "\n" + re.sub(r"^    ", "", loader, flags=re.MULTILINE))
     pytester.makepyfile("def test_mine(kv_model):\n    assert kv_model.name == 'mine'\n")
     pytester.runpytest_inprocess("-p", "no:cacheprovider").assert_outcomes(passed=1)
-
-
-def test_the_policy_of_the_recipe_obeys_the_laws():
-    from pytest_kvguard import check_policy
-
-    [code] = blocks(CONTRIBUTING, "python")
-    names: dict[str, object] = {}
-    exec(code, names)
-    check_policy(names["newest"]())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,15 @@
+"""How the tests read the documents."""
+
+import re
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """Return the fenced code blocks of a document, their indentation taken off."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
+    return [re.sub(rf"^{indent}", "", code, flags=re.MULTILINE) for indent, code in found]
+
+
+def section(text: str, heading: str) -> str:
+    """Return what stands under a heading, to the next one of its rank."""
+    rank = heading.partition(" ")[0]
+    return text.partition(f"\n{heading}\n")[2].partition(f"\n{rank} ")[0]
