@@ -2,6 +2,7 @@
 
 import re
 import sys
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from pytest_kvguard import check_policy, policies
 from pytest_kvguard.laws import LAWS
+from pytest_kvguard.policies import get_policy
 from pytest_kvguard.policies.base import Policy
 from pytest_kvguard.policies.selectors import top_tokens
 from tests.documents import blocks, section
@@ -35,6 +37,16 @@ def test_the_policies_of_the_recipe_run_as_shown(package, pytester):
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-v")
     result.assert_outcomes(passed=4)
     result.stdout.fnmatch_lines(["*it_loses_little*rolling-0.5* PASSED*"])
+
+
+def test_a_package_offers_its_policy_by_the_entry_point_shown(package, pytester):
+    [shown] = blocks(TEXT, "toml")
+    [(group, policies)] = tomllib.loads(shown)["project"]["entry-points"].items()
+    about = pytester.mkdir("newest-1.dist-info")
+    lines = [f"[{group}]", *(f"{name} = {value}" for name, value in policies.items())]
+    (about / "entry_points.txt").write_text("\n".join(lines), encoding="utf-8")
+    (about / "METADATA").write_text("Name: newest\nVersion: 1\n", encoding="utf-8")
+    assert get_policy("newest").name == "newest"
 
 
 def test_a_broken_law_reports_as_shown(package):

@@ -18,6 +18,15 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+FACTS = """
+from pytest_kvguard import kv_sensitivity
+
+
+@kv_sensitivity("facts", ratios=[0.5], limit=8)
+def test_it_runs(kv_result):
+    assert kv_result.verdict != "refused", kv_result.reason
+"""
+
 pytestmark = pytest.mark.usefixtures("imported")
 
 
@@ -38,9 +47,20 @@ def test_every_task_has_a_row():
     assert sorted(named("Tasks")) == sorted(TASKS)
 
 
-def test_the_policies_shown_exist_and_docs_has_them_all():
+def test_the_policies_shown_exist_and_are_put_together_as_shown(pytester):
+    policies = section(README, "## Policies")
     assert set(named("Policies")) <= set(POLICIES)
-    assert "docs/policies.md" in section(README, "## Policies")
+    shown = [spec for item in policies.split("\n- ")[1:] for spec in specs(item)]
+    assert len(shown) >= 4
+    pytester.makepyfile(FACTS)
+    arguments = [f"--kv-policy={spec}" for spec in shown]
+    result = pytester.runpytest_inprocess(*arguments, "-p", "no:cacheprovider")
+    result.assert_outcomes(passed=len(shown))
+
+
+def specs(item: str) -> list[str]:
+    """Return the specs an item of a list is about: in code, before a colon."""
+    return re.findall(r"`([^`]+)`:", item)
 
 
 def test_the_command_at_the_top_runs(pytester, monkeypatch):
