@@ -27,6 +27,7 @@ from pytest_kvguard.kv.jobs import (
     fail,
     grown,
     kept_of,
+    most_kept,
     record,
     row_bytes,
 )
@@ -260,7 +261,7 @@ class Engine:
                 prompt_length=torch.tensor([len(p.ids) for p in prompts], device=device),
                 fresh=torch.tensor([p.compressed for p in prompts], device=device),
                 slots=max(
-                    slots(max(job.budgets), len(p.tail) + stopping.most, ratio)
+                    slots(most_kept(job), len(p.tail) + stopping.most, ratio)
                     for job, p, ratio in zip(batch, prompts, ratios, strict=True)
                 ),
                 rotation=self._rotation_for(cell.policy),

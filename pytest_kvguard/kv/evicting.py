@@ -92,14 +92,26 @@ class EvictingLayer:
         return (by_head @ self.values).reshape(rows, attention.shape[1], 1, -1)
 
     def _evict(self, attention: Tensor, newest: Tensor) -> None:
-        """Free at most one slot a head. attention: (R, Hq, C), newest: (R,)."""
-        decoding = self.decoding
+        """Free slots of each head, one after the other. attention: (R, Hq, C), newest: (R,)."""
+        self._sum(attention, newest)
+        burst = self.decoding.eviction.burst
+        for _ in range(burst):
+            freed = self._free(attention, newest)
+            if burst > 1 and not freed.any():  # to ask waits for the device
+                break
+
+    def _sum(self, attention: Tensor, newest: Tensor) -> None:
+        """Add what each slot got to its sum."""
         if self.sums is not None:
             by_head = attention.unflatten(1, (self.keys.shape[1], -1)).sum(dim=2)
             # What a token fed again pays to the others was summed at prefill; to itself, not.
             own = self.positions == newest[:, None, None]
-            counted = own | (newest >= decoding.fresh)[:, None, None]
+            counted = own | (newest >= self.decoding.fresh)[:, None, None]
             self.sums += torch.where(counted, by_head, 0.0)
+
+    def _free(self, attention: Tensor, newest: Tensor) -> Tensor:
+        """Free at most one slot a head; return which heads did, (R, Hkv) bool."""
+        decoding = self.decoding
         state = DecodeState(
             weights=attention,
             sums=self.sums,
@@ -118,6 +130,7 @@ class EvictingLayer:
             before = (self.positions < position) & (self.positions != EMPTY) & gone.unsqueeze(-1)
             self.keys = decoding.rotation.turn(self.keys, before.int())
         self.positions.scatter_(2, index, torch.where(gone.unsqueeze(-1), EMPTY, position))
+        return gone
 
 
 def evicting(decoding: Decoding) -> LayerFactory:

@@ -84,6 +84,11 @@ def row_bytes(job: Job) -> int:
     return caches + job.draft.logits.numel() * LOGIT_BYTES
 
 
+def most_kept(job: Job) -> int:
+    """Positions of the prompt that a head may start from: a layer's budget, or an own share."""
+    return max(*job.budgets, *(int(mask.sum(dim=-1).max()) for mask in job.masks))
+
+
 def kept_of(job: Job, rotation: Rotation | None) -> Kept:
     """Gather what a row starts from."""
     held = job.draft.held

@@ -13,6 +13,7 @@ from pytest_kvguard.policies.modifiers import MODIFIERS
 from pytest_kvguard.policies.observed_attention import observed_attention
 from pytest_kvguard.policies.pyramidkv import pyramidkv
 from pytest_kvguard.policies.random_baselines import random_shots, random_tokens
+from pytest_kvguard.policies.scope import scope
 from pytest_kvguard.policies.shotkv import shotkv
 from pytest_kvguard.policies.snapkv import snapkv
 from pytest_kvguard.policies.sources import entry_point_names, from_entry_point, from_source
@@ -28,6 +29,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "pyramidkv": pyramidkv,
     "random_shots": random_shots,
     "random_tokens": random_tokens,
+    "scope": scope,
     "shotkv": shotkv,
     "snapkv": snapkv,
     "streaming_llm": streaming_llm,

@@ -104,7 +104,7 @@ class DecodeState:
 
 @dataclass(frozen=True)
 class DecodeEviction:
-    """What goes while decoding. After each token, at most one slot a head is freed.
+    """What goes while decoding. After each token, at most ``burst`` slots a head are freed.
 
     A slot goes when more than ``allowed`` of the ``candidates`` are held: the candidate with the
     lowest importance, of equals the latest. The newest token is never a candidate.
@@ -115,6 +115,8 @@ class DecodeEviction:
     allowed: Callable[[DecodeState], Tensor]  # (R,) or (R, Hkv) how many candidates may be held
     slots: Callable[[int, int, float], int]  # budget, new tokens, ratio -> slots a row needs
     accumulate: bool = False  # carry `sums` from the prefill on
+    burst: int = 1  # slots a head may free after one token, one after the other
+    by_ratio: bool = True  # whether how much is held follows from a keep ratio
 
 
 Saves = Literal["positions", "bytes"]

@@ -24,7 +24,8 @@ def combined(prefill: Policy, decode: Policy, ratio: float | None = None) -> Pol
     """Keep of the prompt what ``prefill`` keeps, and evict while decoding as ``decode`` does.
 
     ``ratio``: of the generated tokens, in (0, 1]; None for the keep ratio of the prompt.
-    Raises InvalidArgument for a policy without a decode phase, or two ratios for one.
+    Raises InvalidArgument for a policy without a decode phase, and for a ratio that would mean
+    nothing or stands beside another.
     """
     name = f"{prefill.name}+{decode.name}"
     if decode.decode is None:
@@ -36,6 +37,11 @@ def combined(prefill: Policy, decode: Policy, ratio: float | None = None) -> Pol
         raise InvalidArgument(
             f"{name}: decode_ratio={prefill.decode_ratio:g} is for the decode phase that "
             f"{decode.name} replaces; write {name}@{prefill.decode_ratio:g}"
+        )
+    if ratio is not None and not decode.decode.by_ratio:
+        raise InvalidArgument(
+            f"{name}@{ratio:g}: {decode.name} holds a number of generated tokens that no ratio "
+            f"changes; leave @{ratio:g} out and set that number"
         )
     frozen = ratio is not None or prefill.keeps_units or prefill.shares_heads
     own = decode.decode_ratio if ratio is None else check_ratio(ratio)

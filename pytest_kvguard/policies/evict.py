@@ -23,6 +23,22 @@ def victims(eviction: DecodeEviction, state: DecodeState) -> Tensor:
     return torch.where(eligible.sum(dim=-1) > allowed, latest, -1)
 
 
+def attention_of_all_heads(state: DecodeState) -> Tensor:
+    """Return what each position got from the newest query, (R, Hkv, C) float32.
+
+    The mean over the query heads that hold it, so that heads which hold the same agree on what
+    goes, and heads which hold different positions of the prompt can be compared.
+    """
+    rows, heads, _ = state.positions.shape
+    votes = state.weights.unflatten(1, (heads, -1)).mean(dim=2)  # (R, Hkv, C)
+    end = int(state.positions.max()) + 1
+    at = torch.where(state.held, state.positions, end)  # free slots meet behind all positions
+    held = votes.new_zeros(rows, heads, end + 1).scatter(2, at, 1.0)
+    total = torch.zeros_like(held).scatter(2, at, votes).sum(dim=1, keepdim=True)
+    mean = total / held.sum(dim=1, keepdim=True).clamp(min=1)  # (R, 1, end + 1)
+    return mean.expand(-1, heads, -1).gather(2, at).masked_fill(~state.held, 0.0)
+
+
 def evictable(candidates: Tensor, state: DecodeState) -> Tensor:
     """Return which candidates are held and not the newest token, (R, Hkv, C) bool."""
     return candidates & state.held & (state.positions != state.newest[:, None, None])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pytest_kvguard.policies.base import DecodeEviction, DecodeState, LayerState, Policy
 from pytest_kvguard.policies.budgets import check_ratio, keep_ratio_of_units, shares
+from pytest_kvguard.policies.evict import attention_of_all_heads
 from pytest_kvguard.policies.observe import window_attention
 from pytest_kvguard.policies.parameters import check_count, frozen
 from pytest_kvguard.policies.selectors import whole_units
@@ -41,17 +42,13 @@ def shotkv(window: int = 32, rule: str = "skip", decode_ratio: float | None = No
         window=window,
         keeps_units=True,
         decode=DecodeEviction(
-            importance=_current_attention,
+            importance=attention_of_all_heads,  # equation 7 sums: the same order
             candidates=lambda state: state.generated,
             allowed=_allowed,
             slots=lambda budget, new, ratio: budget + new,  # a question fed later stays as well
         ),
         decode_ratio=None if decode_ratio is None else check_ratio(decode_ratio),
     )
-
-
-def _current_attention(state: DecodeState) -> Tensor:
-    return state.weights.sum(dim=1, keepdim=True).expand(state.positions.shape)
 
 
 def _allowed(state: DecodeState) -> Tensor:

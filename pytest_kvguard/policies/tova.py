@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pytest_kvguard.policies.base import DecodeEviction, DecodeState, LayerState, Policy
 from pytest_kvguard.policies.budgets import keep_ratio
-from pytest_kvguard.policies.evict import rolling_slots, room_for_next
+from pytest_kvguard.policies.evict import attention_of_all_heads, rolling_slots, room_for_next
 from pytest_kvguard.policies.observe import window_attention
 from pytest_kvguard.policies.selectors import top_tokens
 
@@ -28,7 +28,7 @@ def tova() -> Policy:
         keep_ratio,
         top_tokens,
         decode=DecodeEviction(
-            importance=_decode_importance,
+            importance=attention_of_all_heads,
             candidates=_anything,
             allowed=lambda state: room_for_next(_anything(state), state),
             slots=rolling_slots,
@@ -39,10 +39,6 @@ def tova() -> Policy:
 def _importance(state: LayerState) -> Tensor:
     votes = window_attention(state, 1).mean(dim=(0, 1, 2))  # (T,)
     return votes.expand(state.keys.shape[0], -1)
-
-
-def _decode_importance(state: DecodeState) -> Tensor:
-    return state.weights.mean(dim=1, keepdim=True).expand(state.positions.shape)
 
 
 def _anything(state: DecodeState) -> Tensor:

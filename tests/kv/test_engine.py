@@ -74,7 +74,15 @@ def test_keeping_all_reproduces_the_baseline(name, ahead):
     assert grid.cells[0].bytes_held == grid.cells[0].bytes_full
 
 
-EVERY = ("snapkv(window=4)", "shotkv(window=4)", "h2o", "tova", "streaming_llm(sinks=2)")
+EVERY = (
+    "snapkv(window=4)",
+    "shotkv(window=4)",
+    "h2o",
+    "tova",
+    "streaming_llm(sinks=2)",
+    "shotkv(window=4)+h2o@0.3",
+    "snapkv(window=4)+tova",
+)
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["prompt", "context"])
@@ -93,7 +101,17 @@ def test_memory_splits_the_work_and_not_the_answers():
     assert seam.forwards > 100  # every row on its own
 
 
-@pytest.mark.parametrize("spec", ["knorm", "h2o", "shotkv(window=4)", "streaming_llm(sinks=2)"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "knorm",
+        "h2o",
+        "shotkv(window=4)",
+        "streaming_llm(sinks=2)",
+        "shotkv(window=4)+tova@0.3",
+        "snapkv(window=4)+scope(window=3, recent=2)",
+    ],
+)
 def test_answers_grow_beyond_the_draft_as_if_written_step_by_step(spec):
     """A row that leaves its draft ends where a row without any draft would."""
     [rule] = cells(spec)
@@ -115,7 +133,7 @@ def without_draft(cell: Cell, prompt: Prompt) -> list[int]:
         make = GrowingLayer
         if cell.decode is not None:
             length = torch.tensor([len(prompt.ids)])
-            ratio = torch.tensor([cell.ratio], dtype=torch.float64)
+            ratio = torch.tensor([cell.decode_ratio], dtype=torch.float64)
             make = evicting(Decoding(cell.decode, ratio, length, length, slots=99))
         greedy(seam, Rows([kept], make), [prompt.tail], [answer], STOPPING)
     return answer.tokens

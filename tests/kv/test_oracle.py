@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from pytest_kvguard.kv.compress import Kept, importances, keep, keep_masks
 from pytest_kvguard.kv.evicting import Decoding, EvictingLayer, evicting
-from pytest_kvguard.kv.grid import Prompt
+from pytest_kvguard.kv.grid import Cell, Prompt
 from pytest_kvguard.kv.prefill import About, Observe, Prefill, prefill
 from pytest_kvguard.kv.rope import Rotation, find_rotation
 from pytest_kvguard.kv.rows import GrowingLayer, Rows
@@ -26,7 +26,12 @@ PROMPT = tokens(41)
 ANSWER = tokens(7, seed=1)
 UNITS = tuple((range(start, start + 6),) for start in range(2, 32, 6))
 RATIO = 0.5
-SMALL = {"snapkv": "(window=5)", "pyramidkv": "(window=5)", "chunkkv": "(window=5, length=4)"}
+SMALL = {
+    "snapkv": "(window=5)",
+    "pyramidkv": "(window=5)",
+    "chunkkv": "(window=5, length=4)",
+    "scope": "(window=3, recent=2)",
+}
 POLICY_NAMES = sorted(POLICIES)
 
 
@@ -127,7 +132,13 @@ def plain_logits(model: PreTrainedModel) -> Tensor:
         return model(torch.tensor([PROMPT + ANSWER])).logits[0, len(PROMPT) - 1 :]
 
 
-EVICTING = [n for n in POLICY_NAMES if policy_of(n).decode is not None]
+EVICTING = [
+    *(n for n in POLICY_NAMES if policy_of(n).decode is not None),
+    "snapkv(window=5)+h2o",
+    "snapkv(window=5)+tova",
+    "shotkv(window=5)+h2o@0.4",
+    "shotkv+scope(strategy=discontinuous, window=3, recent=2, every=3)",
+]
 
 
 @pytest.mark.parametrize("width", [1, 8], ids=["step by step", "in one go"])
@@ -150,12 +161,13 @@ def rows_of(policy: Policy, kept: Kept) -> Rows:
 
 def decoding_of(policy: Policy, kept: Kept, rotation: Rotation | None = None) -> Decoding:
     budgets = [layer.budget for layer in kept.layers if layer.window is None]
+    ratio = Cell(policy, RATIO).decode_ratio
     return Decoding(
         eviction=policy.decode,
-        ratio=torch.tensor([RATIO], dtype=torch.float64),
+        ratio=torch.tensor([ratio], dtype=torch.float64),
         prompt_length=torch.tensor([len(PROMPT)]),
         fresh=torch.tensor([len(PROMPT)]),
-        slots=policy.decode.slots(max(budgets), len(ANSWER) + 1, RATIO),
+        slots=policy.decode.slots(max(budgets), len(ANSWER) + 1, ratio),
         rotation=rotation,
     )
 
