@@ -18,7 +18,7 @@ from pytest_kvguard.policies import POLICIES
 from pytest_kvguard.policies.base import DecodeState, LayerState, Passage, Policy
 
 PAGE = Path(__file__).with_name("policies.md")
-LENGTH = 768  # positions; more than any default window, lag or page needs
+LENGTH = 384  # positions; more than any default window or pair of runs
 LAYERS = 4
 RATIOS = (0.25, 0.5, 0.75)
 
