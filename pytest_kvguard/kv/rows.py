@@ -52,6 +52,8 @@ class GrowingLayer:
         self.values = stack([layer.values for layer in kept], self.used)
         self.positions = stack([layer.positions for layer in kept], self.used, EMPTY)
         self.freed = torch.zeros(len(kept), dtype=torch.long, device=self.keys.device)
+        # Where all heads hold the same positions, one mask serves them all: half the work or less.
+        self.alike = bool((self.positions == self.positions[:, :1]).all())
 
     def attend(self, step: Step, asking: Tensor, writing: Tensor) -> Tensor:
         """Append the new tokens and attend in one go."""
@@ -60,7 +62,8 @@ class GrowingLayer:
         self.keys[:, :, start : self.used] = step.key
         self.values[:, :, start : self.used] = step.value
         self.positions[:, :, start : self.used] = writing[:, None]
-        mask = visible(self.positions[:, :, : self.used], asking[:, None], self.window)
+        told = self.positions[:, : 1 if self.alike else None, : self.used]
+        mask = visible(told, asking[:, None], self.window)
         keys, values = self.keys[:, :, : self.used], self.values[:, :, : self.used]
         return attend(step.query, keys, values, mask, step.scaling)
 
