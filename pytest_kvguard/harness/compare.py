@@ -160,7 +160,7 @@ class Comparison:
         outcome = f"{self.verdict}: {self.weakness}" if self.weakness else self.verdict
         return (
             f"<{self.kept.label}: {self.base.mean:.3f} -> {self.kept.mean:.3f}, dP {self._change}, "
-            f"{self._flips}, {self.held.mean:.0%} held: {outcome}>"
+            f"{self._flips}, {self.kept.remains}: {outcome}>"
         )
 
     def _grounds(self) -> Iterator[str]:

@@ -157,6 +157,7 @@ class _Recorder:
             policy=cell.policy.name,
             params=dict(cell.policy.params),
             ratio=cell.ratio,
+            saves=cell.policy.saves,
             evicted=outcome.evicted > 0,
             error=error,
         )

@@ -69,6 +69,7 @@ class Run:
     protocol: Protocol
     scores: Mapping[str, float]  # by sample id, [0, 1]
     answers: Mapping[str, Answer] = field(default_factory=dict)  # by sample id
+    saves: str = "positions"  # what the keep ratio is a share of: positions or bytes
     held: Held | None = None  # None: not measured
     bytes_full: int = (
         0  # of the positions' keys and values with the full cache, summed over samples
@@ -102,6 +103,13 @@ class Run:
     def mean(self) -> float:
         """Mean score; nan without samples."""
         return math.fsum(self.scores.values()) / len(self.scores) if self.scores else math.nan
+
+    @property
+    def remains(self) -> str:
+        """What is left of what the policy saves, as in ``24% held``."""
+        if self.saves == "bytes":
+            return f"{self.bytes_held / self.bytes_full:.0%} of the bytes held"
+        return f"{self.held.mean:.0%} held" if self.held else "not measured"
 
     @property
     def truncated(self) -> int:

@@ -1,8 +1,9 @@
 """Pairs of runs that prove nothing, whatever they score."""
 
+import math
 from collections.abc import Iterator
 
-from pytest_kvguard.harness.records import FULL, Run
+from pytest_kvguard.harness.records import FULL, Held, Run
 
 ROUNDING = 1e-9
 """What dividing two counts may be off by; far less than one token of any prompt."""
@@ -41,14 +42,34 @@ def _mismatches(base: Run, kept: Run) -> Iterator[str]:
 def _vacuities(kept: Run) -> Iterator[str]:
     if kept.held is None:
         yield "what the compressed run held was not measured"
-        return
-    if kept.held.min >= 1 and not kept.evicted and kept.bytes_held >= kept.bytes_full:
+    elif kept.saves == "bytes":
+        yield from _idle_storage(kept)
+    else:
+        yield from _idle_eviction(kept, kept.held)
+
+
+def _idle_eviction(kept: Run, held: Held) -> Iterator[str]:
+    if held.min >= 1 and not kept.evicted and kept.bytes_held >= kept.bytes_full:
         yield (
             "nothing was evicted, so passing would prove nothing; "
             "use longer prompts or a lower keep ratio"
         )
-    if kept.held.mean > kept.ratio + ROUNDING:  # layers may share a budget unequally
+    if held.mean > kept.ratio + ROUNDING:  # layers may share a budget unequally
         yield (
-            f"{kept.held.mean:.2%} of the prompts was held where {kept.ratio:.2%} was asked for; "
+            f"{held.mean:.2%} of the prompts was held where {kept.ratio:.2%} was asked for; "
             f"the policy exceeds its budget, or the ratio is less than one token of the prompt"
+        )
+
+
+def _idle_storage(kept: Run) -> Iterator[str]:
+    if kept.bytes_held >= kept.bytes_full:
+        yield (
+            f"the cache takes {kept.bytes_held} bytes, {kept.bytes_full} in full, so passing would "
+            f"prove nothing; use longer prompts or a smaller residual"
+        )
+    elif kept.bytes_held > (kept.ratio + ROUNDING) * kept.bytes_full:
+        share = kept.bytes_held / kept.bytes_full
+        yield (
+            f"{share:.2%} of the full cache's bytes were held where {kept.ratio:.2%} was asked "
+            f"for; ask for a ratio of {math.ceil(1000 * share) / 1000:g} or store in fewer bits"
         )

@@ -32,6 +32,7 @@ from pytest_kvguard.kv.jobs import (
     row_bytes,
 )
 from pytest_kvguard.kv.prefill import Observe, prefill
+from pytest_kvguard.kv.quantized import quantized
 from pytest_kvguard.kv.rope import Rotation, find_rotation
 from pytest_kvguard.kv.rows import GrowingLayer, LayerFactory, Rows
 from pytest_kvguard.kv.seam import Seam
@@ -138,7 +139,7 @@ class Engine:
             outcome = grid.baseline
             outcome.forwards += max(answer.forwards for answer in answers)
             for held, kept, answer in zip(batch, full, answers, strict=True):
-                record(outcome, held, kept, kept, answer)
+                record(outcome, held, kept, answer, kept.bytes)
             outcome.seconds += perf_counter() - started
 
     def _draft_bytes(self, grid: Grid) -> Callable[[HeldPrompt], int]:
@@ -207,6 +208,7 @@ class Engine:
         tails = [job.draft.held.prompt.tail for job in batch]
         make = self._layers(batch, cells, stopping)
         rows = Rows(kept, make)
+        sizes = rows.bytes
         logits = score_draft(self.seam, rows, tails, [job.draft.tokens for job in batch])
         evicted = rows.evicted
         answers = [
@@ -214,13 +216,13 @@ class Engine:
             for own, job, tail in zip(logits, batch, tails, strict=True)
         ]
         going = [i for i, answer in enumerate(answers) if not stopping.over(answer.tokens)]
-        if going and cells[batch[0].cell].decode is None:
+        if going and rows.rewindable:
             rows.take(going)
             agreed = [len(tails[i]) + len(answers[i].tokens) - 1 for i in going]
             rows.rewind([kept[i].length + n for i, n in zip(going, agreed, strict=True)])
             pending: list[list[int]] = [answers[i].tokens[-1:] for i in going]
             greedy(self.seam, rows, pending, [answers[i] for i in going], stopping)
-        elif going:  # what was evicted while reading the draft is gone: start over
+        elif going:  # what was evicted or encoded while reading the draft is gone: start over
             make = self._layers([batch[i] for i in going], cells, stopping)
             rows = Rows([kept[i] for i in going], make)
             pending = [[*tails[i], *answers[i].tokens] for i in going]
@@ -232,7 +234,7 @@ class Engine:
             grid.cells[cell].seconds += spent * sum(answers[i].fed for i in mine)
             for i in mine:
                 held = batch[i].draft.held
-                record(grid.cells[cell], held, held.full, kept[i], answers[i])
+                record(grid.cells[cell], held, kept[i], answers[i], sizes[i])
             grid.cells[cell].evicted += sum(evicted[i] for i in mine)
 
     def _rotation_for(self, policy: Policy) -> Rotation | None:
@@ -248,22 +250,22 @@ class Engine:
     ) -> LayerFactory:
         """Choose how the layers of a batch decode; all its rows decode alike."""
         cell = cells[batch[0].cell]
+        store = cell.policy.store
         if cell.decode is None:
-            return GrowingLayer
+            return quantized(store) if store else GrowingLayer
         slots = cell.decode.slots
         prompts = [job.draft.held.prompt for job in batch]
         ratios = [cells[job.cell].decode_ratio for job in batch]
         device = self.seam.device
-        return evicting(
-            Decoding(
-                eviction=cell.decode,
-                ratio=torch.tensor(ratios, dtype=torch.float64, device=device),
-                prompt_length=torch.tensor([len(p.ids) for p in prompts], device=device),
-                fresh=torch.tensor([p.compressed for p in prompts], device=device),
-                slots=max(
-                    slots(most_kept(job), len(p.tail) + stopping.most, ratio)
-                    for job, p, ratio in zip(batch, prompts, ratios, strict=True)
-                ),
-                rotation=self._rotation_for(cell.policy),
-            )
+        decoding = Decoding(
+            eviction=cell.decode,
+            ratio=torch.tensor(ratios, dtype=torch.float64, device=device),
+            prompt_length=torch.tensor([len(p.ids) for p in prompts], device=device),
+            fresh=torch.tensor([p.compressed for p in prompts], device=device),
+            slots=max(
+                slots(most_kept(job), len(p.tail) + stopping.most, ratio)
+                for job, p, ratio in zip(batch, prompts, ratios, strict=True)
+            ),
+            rotation=self._rotation_for(cell.policy),
         )
+        return quantized(store, decoding) if store else evicting(decoding)

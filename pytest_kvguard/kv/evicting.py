@@ -9,7 +9,7 @@ from torch import Tensor
 from pytest_kvguard.kv.attention import visible, weights
 from pytest_kvguard.kv.compress import KeptLayer
 from pytest_kvguard.kv.rope import Rotation
-from pytest_kvguard.kv.rows import GrowingLayer, LayerFactory, RowLayer, stack
+from pytest_kvguard.kv.rows import GrowingLayer, LayerFactory, RowLayer, held_bytes, stack
 from pytest_kvguard.kv.seam import Step
 from pytest_kvguard.policies.base import EMPTY, DecodeEviction, DecodeState
 from pytest_kvguard.policies.evict import victims
@@ -72,6 +72,11 @@ class EvictingLayer:
         self.positions, self.budget = self.positions[rows], self.budget[rows]
         self.sums = None if self.sums is None else self.sums[rows]
         self.freed, self.decoding = self.freed[rows], self.decoding.take(rows)
+
+    @property
+    def bytes(self) -> Tensor:
+        """Bytes of what each row holds, (R,)."""
+        return held_bytes(self.positions, self.keys, self.values)
 
     def _write(self, key: Tensor, value: Tensor, position: Tensor) -> None:
         """Put one token a row into a free slot of each head; padding is dropped."""

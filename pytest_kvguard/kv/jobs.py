@@ -60,7 +60,8 @@ def decoding_alike(cells: Sequence[Cell]) -> list[list[int]]:
     """Group the indices of cells whose rows can be decoded side by side."""
     groups: dict[int, list[int]] = {}
     for index, cell in enumerate(cells):
-        key = id(cell.policy) if cell.decode else 0
+        policy = cell.policy
+        key = id(policy) if cell.decode or policy.store else 0
         groups.setdefault(key, []).append(index)
     return list(groups.values())
 
@@ -95,11 +96,11 @@ def kept_of(job: Job, rotation: Rotation | None) -> Kept:
     return keep(held.prefill, job.masks, job.budgets, held.prompt.fed, rotation)
 
 
-def record(outcome: Outcome, held: HeldPrompt, full: Kept, kept: Kept, answer: Answer) -> None:
-    """Add one prompt's answer, and what was held for it, to a cell's outcome."""
+def record(outcome: Outcome, held: HeldPrompt, kept: Kept, answer: Answer, size: int) -> None:
+    """Add one prompt's answer, and what was held for it, ``size`` bytes, to a cell's outcome."""
     again = held.prompt.compressed - held.prompt.fed  # tokens of the prompt that were fed again
     outcome.answers[held.index] = answer
     outcome.held.append((kept.held.cpu().double() + again) / held.prompt.compressed)
-    outcome.bytes_full += full.bytes
-    outcome.bytes_held += kept.bytes
+    outcome.bytes_full += held.full.bytes
+    outcome.bytes_held += size
     outcome.tokens += answer.fed

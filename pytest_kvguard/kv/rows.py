@@ -24,7 +24,6 @@ GROWTH = 64  # slots added at a time
 class RowLayer(Protocol):
     """One layer of R rows."""
 
-    keys: Tensor  # (R, Hkv, C, D)
     positions: Tensor  # (R, Hkv, C), EMPTY where a slot is free
     freed: Tensor  # (R,) slots that were emptied while decoding, over all heads
 
@@ -36,6 +35,10 @@ class RowLayer(Protocol):
 
     def take(self, rows: Tensor) -> None:
         """Go on with these rows only."""
+
+    @property
+    def bytes(self) -> Tensor:
+        """Bytes of what each row holds, (R,)."""
 
 
 LayerFactory = Callable[[Sequence[KeptLayer]], RowLayer]
@@ -76,6 +79,11 @@ class GrowingLayer:
         """Empty the slots of each row from position ``first`` (R,) on."""
         self.positions[self.positions >= first[:, None, None]] = EMPTY
 
+    @property
+    def bytes(self) -> Tensor:
+        """Bytes of what each row holds, (R,)."""
+        return held_bytes(self.positions, self.keys, self.values)
+
     def _make_room(self) -> None:
         more = self.used - self.positions.shape[-1]
         if more > 0:
@@ -91,7 +99,7 @@ class Rows:
     def __init__(self, kept: Sequence[Kept], make: LayerFactory = GrowingLayer) -> None:
         by_layer = zip(*(row.layers for row in kept), strict=True)
         self.layers = {same[0].layer: make(same) for same in by_layer}
-        device = next(iter(self.layers.values())).keys.device
+        device = next(iter(self.layers.values())).positions.device
         self.next = torch.tensor([k.length for k in kept], device=device)  # (R,)
 
     def __len__(self) -> int:
@@ -127,6 +135,17 @@ class Rows:
         freed = torch.stack([layer.freed for layer in self.layers.values()])  # (layers, R)
         return [int(count) for count in freed.sum(dim=0)]
 
+    @property
+    def bytes(self) -> list[int]:
+        """Bytes of the keys and values each row holds, over all layers."""
+        held = torch.stack([layer.bytes for layer in self.layers.values()])  # (layers, R)
+        return [int(size) for size in held.sum(dim=0)]
+
+    @property
+    def rewindable(self) -> bool:
+        """Whether what a row was fed can be forgotten: nothing was evicted or encoded for it."""
+        return all(isinstance(layer, GrowingLayer) for layer in self.layers.values())
+
     def take(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""
         index = torch.tensor(rows, device=self.next.device)
@@ -139,7 +158,9 @@ class Rows:
         self.next = torch.tensor(to, device=self.next.device)
         for layer in self.layers.values():
             if not isinstance(layer, GrowingLayer):
-                raise InvalidArgument("rows that evict cannot be rewound: what went is gone")
+                raise InvalidArgument(
+                    "rows that evict or encode cannot be rewound: what went is gone; start over"
+                )
             layer.forget(self.next)
 
 
@@ -154,6 +175,12 @@ def stack(parts: Sequence[Tensor], slots: int, empty: int = 0) -> Tensor:
     for row, part in enumerate(parts):
         out[row, :, : part.shape[1]] = part
     return out
+
+
+def held_bytes(positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Return the bytes of the keys and values in the slots that hold something, (R,)."""
+    token = (keys.shape[-1] + values.shape[-1]) * keys.element_size()
+    return (positions != EMPTY).sum(dim=(1, 2)) * token
 
 
 def widen(tensor: Tensor, more: int) -> Tensor:

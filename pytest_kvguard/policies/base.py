@@ -7,12 +7,14 @@ Shapes are written with these letters throughout the package:
     G    = Hq // Hkv        N  positions kept        D  head size
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
+
+from pytest_kvguard.errors import InvalidArgument
 
 Unit = tuple[range, ...]
 """Token positions that live or die together: a set of spans, disjoint and in order."""
@@ -119,6 +121,45 @@ class DecodeEviction:
     by_ratio: bool = True  # whether how much is held follows from a keep ratio
 
 
+class Codec(Protocol):
+    """Turns tokens of a head into codes and back."""
+
+    @property
+    def span(self) -> int:
+        """How many neighbouring tokens are encoded together."""
+
+    def encode(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Encode (..., n, D), n a multiple of ``span``, into all there is to store.
+
+        Each part is (..., n / span, *), so that what is encoded together can be told apart.
+        """
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        """Restore (..., n, D) from the parts, in the type of what was encoded."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How what a head holds is stored, in order of arrival: the oldest as codes.
+
+    With a ``residual`` the newest tokens stay as they are, and a token is attended before the
+    next of the old ones are encoded. Without, each token is encoded as it is written and read
+    back from its codes.
+    """
+
+    keys: Codec
+    values: Codec
+    residual: int = 0  # a multiple of either codec's span
+
+    def coded_keys(self, count: Tensor) -> Tensor:
+        """Say how many of ``count`` keys are codes: with a residual, whole multiples of it."""
+        return count // self.residual * self.residual if self.residual else count
+
+    def coded_values(self, count: Tensor) -> Tensor:
+        """Say how many of ``count`` values are codes: all but the residual."""
+        return (count - self.residual).clamp(min=0)
+
+
 Saves = Literal["positions", "bytes"]
 """What a keep ratio is a share of: the positions of a prompt, or the bytes of its full cache."""
 
@@ -141,7 +182,15 @@ class Policy:
     rerotate: bool = False  # keys move to their index in the cache (cache positions)
     decode: DecodeEviction | None = None  # None: generated tokens all stay
     decode_ratio: float | None = None  # keep ratio while decoding; None: the prefill's
+    store: Storage | None = None  # None: as the model made it
     saves: Saves = "positions"  # what the keep ratio is a share of
+
+    def __post_init__(self) -> None:
+        if self.store and self.rerotate and self.decode:
+            raise InvalidArgument(
+                f"{self.name}: keys that are stored as codes cannot be moved while decoding; "
+                f"use original positions, or leave the storage out"
+            )
 
     def keep(self, state: LayerState, ratio: float) -> Tensor:
         """Return the mask of the positions to keep, (Hkv, T) bool."""

@@ -3,6 +3,13 @@
 from collections.abc import Callable
 
 from pytest_kvguard.policies.base import Modifier
+from pytest_kvguard.policies.fp8 import fp8
+from pytest_kvguard.policies.int8 import int8
+from pytest_kvguard.policies.kivi import kivi
 
-MODIFIERS: dict[str, Callable[..., Modifier]] = {}
+MODIFIERS: dict[str, Callable[..., Modifier]] = {
+    "fp8": fp8,
+    "int8": int8,
+    "kivi": kivi,
+}
 """Every modifier by name. One that stands alone in a spec modifies `full`."""

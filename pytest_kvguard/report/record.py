@@ -38,6 +38,7 @@ class Cell(TypedDict):
     level: float
     broke: list[str]
     mended: list[str]
+    saves: str | None
     held: dict[str, float] | None
     bytes_full: int
     bytes_held: int
@@ -75,6 +76,7 @@ def to_cell(comparison: "Comparison", *, model: str = "", spec: str | None = Non
         level=c.level,
         broke=list(c.broke),
         mended=list(c.mended),
+        saves=kept.saves,
         held=dataclasses.asdict(c.held) if c.held else None,
         bytes_full=kept.bytes_full,
         bytes_held=kept.bytes_held,
@@ -112,6 +114,7 @@ def not_run(
         level=0.90,
         broke=[],
         mended=[],
+        saves=None,
         held=None,
         bytes_full=base.bytes_full,
         bytes_held=0,

@@ -20,7 +20,7 @@ def row(cell: Cell) -> tuple[str, ...]:
         cell["task"] if cell["protocol"] == "prompt" else f"{cell['task']} ({cell['protocol']})",
         cell["spec"],
         f"{cell['ratio']:g}",
-        f"{cell['held']['mean']:.0%}" if cell["held"] else "?",
+        _held(cell),
         str(cell["n"]),
         _mark(cell["base"]),
         _mark(cell["kept"]),
@@ -85,6 +85,13 @@ def _counted(verdict: str, cells: Sequence[Cell]) -> str:
     needed = [cell["samples_needed"] for cell in found if cell["samples_needed"]]
     more = f" (about {max(needed)} samples would decide)" if needed else ""
     return f"{len(found)} {shown(verdict)}{more}"
+
+
+def _held(cell: Cell) -> str:
+    """Return the share that was kept of what the policy saves."""
+    if cell["saves"] == "bytes":
+        return f"{cell['bytes_held'] / cell['bytes_full']:.0%} of bytes"
+    return f"{cell['held']['mean']:.0%}" if cell["held"] else "?"
 
 
 def _mark(mean: float | None) -> str:

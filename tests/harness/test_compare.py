@@ -305,3 +305,19 @@ def test_a_run_takes_no_ratio_outside_its_range(ratio):
 def test_counts_add_up():
     assert Counts(1, 2, 3) + Counts(10, 20, 30) == Counts(11, 22, 33)
     assert sum([Counts(1, 2, 3)] * 2, Counts()) == Counts(2, 4, 6)
+
+
+def stored(share, ratio=0.25):
+    whole = base(bytes_full=1000, bytes_held=1000)
+    sizes = {"bytes_full": 1000, "bytes_held": round(share * 1000)}
+    return compare(whole, kept(saves="bytes", ratio=ratio, held=Held(1, 1, 1), **sizes))
+
+
+def test_a_storage_is_judged_by_its_bytes():
+    assert stored(0.25).refusal is None
+    assert "25% of the bytes held" in repr(stored(0.25))
+    assert stored(0.99, ratio=1.0).refusal is None
+    assert "takes 1000 bytes, 1000 in full" in stored(1.0, ratio=1.0).refusal
+    over = stored(0.312).refusal
+    assert "31.20% of the full cache's bytes were held where 25.00% was asked for" in over
+    assert "a ratio of 0.312" in over

@@ -20,6 +20,7 @@ from pytest_kvguard.kv.engine import Engine
 from pytest_kvguard.kv.evicting import Decoding, evicting
 from pytest_kvguard.kv.grid import Cell, Grid, Prompt
 from pytest_kvguard.kv.prefill import About, Observe, prefill
+from pytest_kvguard.kv.quantized import quantized
 from pytest_kvguard.kv.rows import GrowingLayer, Rows
 from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.policies import POLICIES, get_policy
@@ -130,11 +131,14 @@ def without_draft(cell: Cell, prompt: Prompt) -> list[int]:
         masks = keep_masks(cell.policy, importances(cell.policy, states), states, cell.ratio)
         budgets = [cell.policy.budget(state, cell.ratio) for state in states]
         kept = keep(held, masks, budgets, prompt.fed)
-        make = GrowingLayer
+        decoding = None
         if cell.decode is not None:
             length = torch.tensor([len(prompt.ids)])
             ratio = torch.tensor([cell.decode_ratio], dtype=torch.float64)
-            make = evicting(Decoding(cell.decode, ratio, length, length, slots=99))
+            decoding = Decoding(cell.decode, ratio, length, length, slots=99)
+        make = GrowingLayer if decoding is None else evicting(decoding)
+        if cell.policy.store is not None:
+            make = quantized(cell.policy.store, decoding)
         greedy(seam, Rows([kept], make), [prompt.tail], [answer], STOPPING)
     return answer.tokens
 

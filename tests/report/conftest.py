@@ -17,6 +17,7 @@ CELL = {
     "level": 0.9,
     "broke": ["s47"],
     "mended": [],
+    "saves": "positions",
     "held": {"min": 0.2, "mean": 0.24, "max": 0.25},
     "bytes_full": 80,
     "bytes_held": 20,

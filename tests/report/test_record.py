@@ -77,6 +77,7 @@ def test_a_cell_says_what_the_comparison_says():
         "level": 0.9,
         "broke": ["s29"],
         "mended": [],
+        "saves": "positions",
         "held": {"min": 0.2, "mean": 0.24, "max": 0.25},
         "bytes_full": 800,
         "bytes_held": 200,
