@@ -16,25 +16,45 @@ def a_state(
     units: tuple[Unit, ...] = (),
     layer: int = 0,
     layers: int = 1,
+    special: tuple[int, ...] = (0,),
+    punctuation: tuple[int, ...] = (3, 11, 12, 29),
     seed: int = 0,
 ) -> LayerState:
     """Make a state without ties; ``window`` None observes every query."""
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randn(heads * group, length, 4, generator=generator)
     keys = torch.randn(heads, length, 4, generator=generator)
-    mask = torch.zeros(length, dtype=torch.bool)
-    mask[list(protected)] = True
     return LayerState(
         keys=keys,
         values=torch.randn(heads, length, 4, generator=generator),
         queries=queries if window is None else queries[:, -window:],
         scaling=0.7,
-        protected=mask,
+        protected=marked(protected, length),
         units=units,
         attention_sums=torch.rand(heads * group, length, generator=generator),
         layer=layer,
         layers=layers,
+        output=torch.randn(heads * group, 4, 6, generator=generator),
+        turn=turned,
+        special=marked(special, length),
+        punctuation=marked(punctuation, length),
     )
+
+
+def marked(positions: tuple[int, ...], length: int) -> torch.Tensor:
+    mask = torch.zeros(length, dtype=torch.bool)
+    mask[[at for at in positions if at < length]] = True
+    return mask
+
+
+PACES = (1.0, 0.1)
+"""How fast the pairs of channels (0, 2) and (1, 3) turn, in radians a position."""
+
+
+def turned(vectors: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    pairs = torch.complex(*vectors.float().chunk(2, dim=-1))
+    pairs = pairs * torch.exp(1j * by.unsqueeze(-1) * torch.tensor(PACES))
+    return torch.cat([pairs.real, pairs.imag], dim=-1).to(vectors.dtype)
 
 
 @st.composite

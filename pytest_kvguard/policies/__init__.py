@@ -3,12 +3,18 @@
 from collections.abc import Callable
 
 from pytest_kvguard.errors import InvalidArgument, UnknownName
+from pytest_kvguard.policies.adakv import adakv, adapyramidkv
 from pytest_kvguard.policies.base import Policy
 from pytest_kvguard.policies.chunkkv import chunkkv
 from pytest_kvguard.policies.combine import combined
+from pytest_kvguard.policies.criticalkv import criticalkv
+from pytest_kvguard.policies.expected_attention import expected_attention
+from pytest_kvguard.policies.fastgen import fastgen
 from pytest_kvguard.policies.full import full
 from pytest_kvguard.policies.h2o import h2o
+from pytest_kvguard.policies.keydiff import keydiff
 from pytest_kvguard.policies.knorm import knorm
+from pytest_kvguard.policies.lagkv import lagkv
 from pytest_kvguard.policies.modifiers import MODIFIERS
 from pytest_kvguard.policies.observed_attention import observed_attention
 from pytest_kvguard.policies.pyramidkv import pyramidkv
@@ -19,12 +25,20 @@ from pytest_kvguard.policies.snapkv import snapkv
 from pytest_kvguard.policies.sources import entry_point_names, from_entry_point, from_source
 from pytest_kvguard.policies.streaming_llm import streaming_llm
 from pytest_kvguard.policies.tova import tova
+from pytest_kvguard.policies.vatp import vatp
 from pytest_kvguard.specs import Spec, make, parse
 
 POLICIES: dict[str, Callable[..., Policy]] = {
+    "adakv": adakv,
+    "adapyramidkv": adapyramidkv,
     "chunkkv": chunkkv,
+    "criticalkv": criticalkv,
+    "expected_attention": expected_attention,
+    "fastgen": fastgen,
     "h2o": h2o,
+    "keydiff": keydiff,
     "knorm": knorm,
+    "lagkv": lagkv,
     "observed_attention": observed_attention,
     "pyramidkv": pyramidkv,
     "random_shots": random_shots,
@@ -34,6 +48,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "snapkv": snapkv,
     "streaming_llm": streaming_llm,
     "tova": tova,
+    "vatp": vatp,
 }
 """Every policy by name. The full cache is none of them: it is the baseline."""
 

@@ -1,7 +1,8 @@
 """Which positions stay, given their importance and how many may.
 
 A selector takes importance (Hkv, T), N and the state, and returns a mask (Hkv, T) bool with at
-most N positions a head, every protected one among them. Of equals, the earlier stays.
+most N positions a head, or on average over the heads, every protected one among them. Of equals,
+the earlier stays.
 """
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from pytest_kvguard.errors import Refused
 from pytest_kvguard.policies.base import LayerState, Selector
-from pytest_kvguard.policies.parameters import check_choice, check_count
+from pytest_kvguard.policies.budgets import share
+from pytest_kvguard.policies.parameters import check_choice, check_count, check_share
 from pytest_kvguard.policies.units import check_units, must_stay, positions_of
 
 HUGE = torch.finfo(torch.float32).max
@@ -18,11 +20,43 @@ HUGE = torch.finfo(torch.float32).max
 
 def top_tokens(importance: Tensor, n: int, state: LayerState) -> Tensor:
     """Keep the n most important positions of each head."""
-    protected = state.protected.to(importance.device).expand_as(importance)
+    return top_after(protected_of(importance, state), importance, n)
+
+
+def top_after(first: Tensor, importance: Tensor, n: int) -> Tensor:
+    """Keep n of each row: those marked ``first``, then the others, each by importance.
+
+    first: (..., T) bool; importance: (..., T) -> (..., T) bool
+    """
     ranked = importance.argsort(dim=-1, descending=True, stable=True)  # topk leaves ties open
-    first = protected.gather(-1, ranked).byte().argsort(dim=-1, descending=True, stable=True)
-    kept = ranked.gather(-1, first)[..., :n]
-    return torch.zeros_like(protected).scatter(-1, kept, True)
+    ahead = first.gather(-1, ranked).byte().argsort(dim=-1, descending=True, stable=True)
+    kept = ranked.gather(-1, ahead)[..., :n]
+    return torch.zeros_like(first).scatter(-1, kept, True)
+
+
+def protected_of(importance: Tensor, state: LayerState) -> Tensor:
+    """Return the protected positions for every head, where the importance is, (Hkv, T) bool."""
+    return state.protected.to(importance.device).expand_as(importance)
+
+
+def top_over_heads(floor: float) -> Selector:
+    """Return a selector that lets the heads of a layer compete for Hkv times N positions.
+
+    Each head first keeps its own best: a ``floor`` share of N rounded down, at least one and at
+    least what is protected. The rest goes to the most important positions of all heads; of
+    equals the earlier, then the one of the lower head. Importances must compare across heads.
+    """
+    check_share("floor", floor)
+
+    def select(importance: Tensor, n: int, state: LayerState) -> Tensor:
+        heads, length = importance.shape
+        sure = max(1, share(n, floor), int(state.protected.sum()))
+        own = top_tokens(importance, sure, state)
+        # side by side in order of position, so that of equals the earlier comes first
+        mask = top_after(own.T.flatten(), importance.T.flatten(), n * heads)
+        return mask.reshape(length, heads).T
+
+    return select
 
 
 def top_chunks(length: int, alone: int = 0) -> Selector:

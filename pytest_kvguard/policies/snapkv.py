@@ -40,7 +40,16 @@ def snapkv(window: int = 32, kernel: int = 5, pooling: str = "avg") -> Policy:
 
 
 def smoothed_votes(window: int, kernel: int, pooling: str) -> Importance:
-    """Return SnapKV's importance."""
+    """Return SnapKV's importance: the votes, and above them the window."""
+    votes = window_votes(window, kernel, pooling)
+    return lambda state: favour_latest(votes(state), window)
+
+
+def window_votes(window: int, kernel: int, pooling: str) -> Importance:
+    """Return the smoothed attention paid by the last ``window`` queries, added up.
+
+    The window itself gets no more than what spills over from its neighbours.
+    """
     check_count("window", window)
     check_odd("kernel", kernel)
     pool = POOLINGS[check_choice("pooling", pooling, tuple(POOLINGS))]
@@ -48,7 +57,6 @@ def smoothed_votes(window: int, kernel: int, pooling: str) -> Importance:
     def importance(state: LayerState) -> Tensor:
         votes = window_attention(state, window).sum(dim=2)  # (Hkv, G, T)
         votes[..., -window:] = 0  # the window must not lift its neighbours
-        smooth = pool(votes, kernel, stride=1, padding=kernel // 2)
-        return favour_latest(smooth.sum(dim=1), window)  # (Hkv, T)
+        return pool(votes, kernel, stride=1, padding=kernel // 2).sum(dim=1)  # (Hkv, T)
 
     return importance

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 
+import numpy as np
+
 from pytest_kvguard.policies.base import LayerState
+from tests.strategies import PACES
 
 Ranking = list[int]
 
@@ -88,9 +91,10 @@ def observed_attention(state: LayerState, head: int, n: int) -> Ranking:
     return ranking(state, lambda at: sum(row[at] for row in sums) / (state.length - at))
 
 
-def snapkv(
-    state: LayerState, head: int, n: int, window: int = 32, kernel: int = 5, pooling: str = "avg"
-) -> Ranking:
+def smoothed(
+    state: LayerState, head: int, window: int = 32, kernel: int = 5, pooling: str = "avg"
+) -> list[float]:
+    """Attention paid by the window to what is before it, pooled and added up over the group."""
     before = max(0, state.length - window)
     smooth = [0.0] * state.length
     for row in votes(state, head, window):
@@ -98,6 +102,13 @@ def snapkv(
             reach = range(at - kernel // 2, at + kernel // 2 + 1)
             near = [row[i] if 0 <= i < before else 0.0 for i in reach]
             smooth[at] += max(near) if pooling == "max" else sum(near) / kernel
+    return smooth
+
+
+def snapkv(
+    state: LayerState, head: int, n: int, window: int = 32, kernel: int = 5, pooling: str = "avg"
+) -> Ranking:
+    smooth = smoothed(state, head, window, kernel, pooling)
     return ranking(state, lambda at: smooth[at], latest(state.length, window))
 
 
@@ -123,3 +134,170 @@ def kept_shots(state: LayerState, n: int, window: int, rule: str) -> set[int]:
         elif rule == "stop":
             break
     return kept
+
+
+def keydiff(state: LayerState, head: int, n: int) -> Ranking:
+    keys = state.keys[head].double().numpy()
+    unit = np.array([key / math.sqrt(key @ key) for key in keys])
+    anchor = sum(unit) / len(unit)
+    return ranking(state, lambda at: -(unit[at] @ anchor))
+
+
+def lagkv(state: LayerState, head: int, n: int, sinks: int = 16, lag: int = 128) -> Ranking:
+    length = state.length
+    starts = list(range(sinks, length - lag + 1, lag))
+    rated = [s for s in starts if s + lag in starts]
+    place = {}
+    for start in rated:
+        score = np.zeros(lag)
+        for held in (state.keys[head].double().numpy(), state.values[head].double().numpy()):
+            run, following = held[start : start + lag], held[start + lag : start + 2 * lag]
+            low, high = following.min(axis=0), following.max(axis=0)
+            spread = [np.std((token - low) / (high - low), ddof=1) for token in run]
+            score += np.exp(spread) / np.exp(spread).sum()
+        for rank, at in enumerate(np.argsort(-score)):
+            place[start + int(at)] = rank
+    end = [at for at in reversed(range(min(sinks, length), length)) if at not in place]
+    first = [*range(min(sinks, length)), *end]
+    return ranking(state, lambda at: -place.get(at, 0), first)
+
+
+def rotation(position: int, paces: tuple[float, ...]) -> np.ndarray:
+    """RoPE at a position: channel i turns with channel i + D/2."""
+    half = len(paces)
+    matrix = np.zeros((2 * half, 2 * half))
+    for i, pace in enumerate(paces):
+        cos, sin = math.cos(position * pace), math.sin(position * pace)
+        matrix[i, i], matrix[i, i + half] = cos, -sin
+        matrix[i + half, i], matrix[i + half, i + half] = sin, cos
+    return matrix
+
+
+def expected_attention(
+    state: LayerState, head: int, n: int, future: int = 512, sinks: int = 4
+) -> Ranking:
+    length, group = state.length, len(state.queries) // len(state.keys)
+    keys, values = state.keys[head].double().numpy(), state.values[head].double().numpy()
+    to_come = sum(rotation(at, PACES) for at in range(length, length + future)) / future
+    total = dict.fromkeys(range(sinks, length), 0.0)
+    for rotated in state.queries[head * group : (head + 1) * group].double().numpy():
+        plain = [np.linalg.inv(rotation(at, PACES)) @ rotated[at] for at in total]
+        if not plain:
+            continue
+        mean = to_come @ np.mean(plain, axis=0)
+        covariance = to_come @ np.cov(np.array(plain).T, bias=True) @ to_come.T
+        log = {
+            at: state.scaling * (mean @ keys[at])
+            + state.scaling**2 / 2 * (keys[at] @ covariance @ keys[at])
+            for at in total
+        }
+        mass = sum(math.exp(value) for value in log.values())
+        for at in total:
+            total[at] += math.exp(log[at]) / mass / group
+    first = list(range(min(sinks, length)))
+    norm = [math.sqrt(value @ value) for value in values]
+    return ranking(state, lambda at: total.get(at, 0.0) * norm[at], first)
+
+
+def criticalkv(
+    state: LayerState, head: int, n: int, window: int = 32, kernel: int = 5, first: str = "0.5"
+) -> Ranking:
+    group = len(state.queries) // len(state.keys)
+    outputs = state.output.double().numpy()[head * group : (head + 1) * group]
+    values = state.values[head].double().numpy()
+    norm = [sum(np.abs(value @ output).sum() for output in outputs) / group for value in values]
+    attended = snapkv(state, head, n, window, kernel)[: math.floor(Fraction(first) * n)]
+    smooth = smoothed(state, head, window, kernel)
+    queries = min(window, state.length) * group
+    return ranking(
+        state,
+        lambda at: (smooth[at] / queries + 1e-4) * norm[at],
+        [*attended, *latest(state.length, window)],
+    )
+
+
+def vatp(state: LayerState, head: int, n: int, heavy: str = "0.5", sinks: int = 20) -> Ranking:
+    recent = n - math.floor(Fraction(heavy) * n)
+    group = len(state.queries) // len(state.keys)
+    sums = state.attention_sums.double().tolist()[head * group : (head + 1) * group]
+    size = [sum(abs(x) for x in value) for value in state.values[head].double().tolist()]
+    first = [*latest(state.length, recent), *range(min(sinks, state.length))]
+    return ranking(state, lambda at: sum(row[at] for row in sums) * size[at], first)
+
+
+def adakv(
+    state: LayerState, n: int, window: int = 32, kernel: int = 5, floor: str = "0.2"
+) -> list[set[int]]:
+    """What each head keeps: its own best, then the best of all heads."""
+    heads, protected = range(len(state.keys)), int(state.protected.sum())
+    sure = max(1, math.floor(Fraction(floor) * n), protected)
+    kept = [set(snapkv(state, head, n, window, kernel)[:sure]) for head in heads]
+    smooth = [smoothed(state, head, window, kernel) for head in heads]
+    before = state.length - window
+
+    def order(place: tuple[int, int]) -> tuple[float, ...]:
+        head, at = place
+        return (0, -at, head) if at >= before else (1, -smooth[head][at], at, head)
+
+    places = sorted(((head, at) for head in heads for at in range(state.length)), key=order)
+    for head, at in places:
+        if sum(map(len, kept)) < n * len(kept):
+            kept[head].add(at)
+    return kept
+
+
+def fastgen(
+    state: LayerState,
+    n: int,
+    threshold: float = 0.9,
+    frequent: float = 0.3,
+    local: float = 0.3,
+    window: int = 32,
+) -> tuple[list[set[int]], list[int]]:
+    """What each head keeps, and which of the five sets that is."""
+    length, heads = state.length, range(len(state.keys))
+    if n == length:
+        return [set(range(length)) for _ in heads], []
+    protected = {at for at in range(length) if state.protected[at]}
+    special = [at for at in range(length) if state.special[at]] or [0]
+    if len(protected | set(special)) >= n:
+        kept = [*protected, *(at for at in special if at not in protected)][:n]
+        return [set(kept) for _ in heads], []
+    punctuation = {at for at in range(length) if state.punctuation[at]}
+    latest_count = math.floor(Fraction(str(local)) * n)
+    seen, group = attention(state), len(state.queries) // len(state.keys)
+    sets, mass = [], []
+    for head in heads:
+        rows = state.attention_sums.double()[head * group : (head + 1) * group].sum(dim=0).tolist()
+        ranked = sorted(range(length), key=lambda at: (-rows[at], at))
+        special_only = protected | set(special)
+        punctuated = special_only | punctuation
+        heavy = punctuated | set(ranked[: math.floor(Fraction(str(frequent)) * n)])
+        near = heavy | set(latest(length, latest_count))
+        sets.append([special_only, punctuated, heavy, near, set(range(length))])
+        queries = [
+            (length - len(queries[-window:]) + i, row)
+            for queries in seen[head * group : (head + 1) * group]
+            for i, row in enumerate(queries[-window:])
+        ]
+        mass.append(
+            [
+                sum(row[at] for _, row in queries for at in held) / len(queries)
+                for held in (special_only, punctuated, heavy)
+            ]
+        )
+        mass[-1].append(
+            sum(
+                row[at]
+                for asking, row in queries
+                for at in heavy | set(range(max(0, asking - latest_count + 1), asking + 1))
+            )
+            / len(queries)
+        )
+    for lowered in sorted({threshold, *(m for row in mass for m in row)}, reverse=True):
+        if lowered > threshold:
+            continue
+        choices = [next((i for i, m in enumerate(row) if m >= lowered), 4) for row in mass]
+        if sum(len(sets[head][choices[head]]) for head in heads) <= n * len(sets):
+            return [sets[head][choices[head]] for head in heads], choices
+    raise AssertionError("special tokens alone fit")
