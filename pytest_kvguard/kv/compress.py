@@ -14,7 +14,10 @@ from pytest_kvguard.policies.check import checked_keep
 
 @dataclass(frozen=True)
 class KeptLayer:
-    """One layer after compression, in position order; heads may keep different counts."""
+    """One layer after compression, in position order; heads may keep different counts.
+
+    The tensors are as long as the fullest head: a shorter one is padded with EMPTY positions.
+    """
 
     layer: int
     keys: Tensor  # (Hkv, n, D)
@@ -31,7 +34,7 @@ class KeptLayer:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the keys and values held."""
+        """Bytes of the keys and values held; what pads shorter heads is not counted."""
         token = (self.keys.shape[-1] + self.values.shape[-1]) * self.keys.element_size()
         return int(self.held.sum()) * token
 

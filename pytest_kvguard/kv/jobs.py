@@ -80,13 +80,16 @@ def grown(held: HeldPrompt, new: int) -> int:
 def row_bytes(job: Job) -> int:
     """Bytes a row takes: what is held, what its draft adds, and the draft's logits."""
     prompt = job.draft.held.prompt
-    tokens = max(job.budgets) + len(prompt.tail) + len(job.draft.tokens) + GROWTH
+    tokens = most_kept(job) + len(prompt.tail) + len(job.draft.tokens) + GROWTH
     caches = job.draft.held.full.bytes * tokens // max(1, prompt.fed)
     return caches + job.draft.logits.numel() * LOGIT_BYTES
 
 
 def most_kept(job: Job) -> int:
-    """Positions of the prompt that a head may start from: a layer's budget, or an own share."""
+    """Positions of the prompt that a head may start from: a layer's budget, or an own share.
+
+    All heads take the memory of the fullest.
+    """
     return max(*job.budgets, *(int(mask.sum(dim=-1).max()) for mask in job.masks))
 
 

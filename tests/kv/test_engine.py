@@ -26,6 +26,7 @@ from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.policies import POLICIES, get_policy
 from pytest_kvguard.policies.base import Policy
 from pytest_kvguard.policies.budgets import keep_ratio
+from pytest_kvguard.policies.combine import combined
 from pytest_kvguard.policies.selectors import top_tokens
 from tests.tiny import FAMILIES, family, llama, tokens
 
@@ -111,11 +112,25 @@ def test_memory_splits_the_work_and_not_the_answers():
         "streaming_llm(sinks=2)",
         "shotkv(window=4)+tova@0.3",
         "snapkv(window=4)+scope(window=3, recent=2)",
+        "adakv(window=4, floor=0.0)",
     ],
 )
 def test_answers_grow_beyond_the_draft_as_if_written_step_by_step(spec):
     """A row that leaves its draft ends where a row without any draft would."""
-    [rule] = cells(spec)
+    check_without_draft(*cells(spec))
+
+
+def test_a_head_that_holds_more_than_the_budget_has_room_for_what_is_generated():
+    def select(importance, n, state):
+        most = top_tokens(importance, min(2 * n - 1, state.length), state)
+        return torch.stack([most[0], state.protected])
+
+    lopsided = Policy("lopsided", get_policy("knorm").importance, keep_ratio, select)
+    lopsided = replace(lopsided, shares_heads=True)
+    check_without_draft(Cell(combined(lopsided, get_policy("h2o"), 0.75), 0.5))
+
+
+def check_without_draft(rule: Cell) -> None:
     grid, _ = run(family("llama"), prompts(), [rule])
     base, kept = answers(grid)
     assert base != kept

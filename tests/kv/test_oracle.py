@@ -29,8 +29,13 @@ RATIO = 0.5
 SMALL = {
     "snapkv": "(window=5)",
     "pyramidkv": "(window=5)",
-    "chunkkv": "(window=5, length=4)",
     "scope": "(window=3, recent=2)",
+    "adakv": "(window=5)",
+    "adapyramidkv": "(window=5)",
+    "criticalkv": "(window=5)",
+    "chunkkv": "(window=5, length=4)",
+    "lagkv": "(sinks=2, lag=5)",
+    "vatp": "(sinks=2)",
 }
 POLICY_NAMES = sorted(POLICIES)
 
@@ -42,7 +47,8 @@ def policy_of(name: str) -> Policy:
 def compressed(seam: Seam, policy: Policy, ratio: float = RATIO) -> tuple[Prefill, list, Kept]:
     prompt = Prompt(tuple(PROMPT), context=0, about=About(units=UNITS))
     held = prefill(seam, PROMPT, Observe(policy.window, policy.needs_sums))
-    states = held.states(prompt.about, prompt.protection(policy, torch.device("cpu")))
+    turn = find_rotation(seam).turn if policy.needs_turn else None
+    states = held.states(prompt.about, prompt.protection(policy, torch.device("cpu")), turn)
     masks = keep_masks(policy, importances(policy, states), states, ratio)
     budgets = [policy.budget(state, ratio) for state in states]
     return held, masks, keep(held, masks, budgets, prompt.fed)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,9 +53,19 @@ def test_an_unknown_parameter_is_named():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        ("adakv(floor=1.5)", r"floor must be in \[0, 1\], got 1.5"),
+        ("adapyramidkv(beta=0)", "beta must be a whole number of at least 1, got 0"),
         ("chunkkv(window=0)", "window must be a whole number of at least 1, got 0"),
         ("chunkkv(length=0)", "length must be a whole number of at least 1, got 0"),
         ("chunkkv(reuse=0)", "reuse must be a whole number of at least 1, got 0"),
+        ("criticalkv(first=-1)", r"first must be in \[0, 1\], got -1"),
+        ("expected_attention(future=0)", "future must be a whole number of at least 1, got 0"),
+        ("fastgen(threshold=2)", r"threshold must be in \[0, 1\], got 2"),
+        ("fastgen(frequent=none)", r"frequent must be in \[0, 1\], got None"),
+        ("fastgen(local=1.1)", r"local must be in \[0, 1\], got 1.1"),
+        ("lagkv(lag=1)", "lag must be a whole number of at least 2, got 1"),
+        ("lagkv(sinks=-1)", "sinks must be a whole number of at least 0, got -1"),
+        ("vatp(sinks=-1)", "sinks must be a whole number of at least 0, got -1"),
         ("h2o(heavy=1.5)", r"heavy must be in \[0, 1\], got 1.5"),
         ("h2o(heavy=none)", r"heavy must be in \[0, 1\], got None"),
         ("pyramidkv(beta=0)", "beta must be a whole number of at least 1, got 0"),
@@ -74,6 +85,22 @@ def test_an_unknown_parameter_is_named():
 def test_a_bad_value_is_refused_with_its_name_and_what_would_do(spec, message):
     with pytest.raises(InvalidArgument, match=message):
         get_policy(spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "lacking", "message"),
+    [
+        ("criticalkv", {"output": None}, "which this model does not show; use .* vatp"),
+        ("expected_attention", {"turn": None}, "set the policy's `needs_turn` to True"),
+        ("expected_attention", {"queries": torch.ones(4, 3, 4)}, "3 of 9 were recorded"),
+        ("fastgen", {"special": None}, "pass `special` and `punctuation`"),
+        ("fastgen", {"punctuation": None}, "pass `special` and `punctuation`"),
+        ("vatp", {"attention_sums": None}, "set the policy's `needs_sums` to True"),
+    ],
+)
+def test_what_a_policy_looks_at_and_does_not_find_is_named(name, lacking, message):
+    with pytest.raises(InvalidArgument, match=message):
+        get_policy(name).keep(replace(a_state(9), **lacking), 0.5)
 
 
 def test_a_registered_policy_is_made_like_any_other(monkeypatch):
@@ -147,7 +174,30 @@ def test_shotkv_has_a_keep_ratio_of_its_own_while_decoding():
     assert get_policy("shotkv(decode_ratio=0.5)").decode_ratio == 0.5
 
 
-@pytest.mark.parametrize("name", ["snapkv", "pyramidkv", "chunkkv"])
+@pytest.mark.parametrize("name", ["adakv", "adapyramidkv", "fastgen"])
+def test_only_some_policies_share_a_budget_between_heads(name):
+    assert get_policy(name).shares_heads
+    assert sum(get_policy(other).shares_heads for other in POLICIES) == 3
+
+
+def test_lagkv_keeps_sinks_and_the_latest_of_a_prompt_too_short_for_two_runs():
+    mask = get_policy("lagkv(sinks=4, lag=19)").keep(a_state(40), 0.5)
+    assert mask.all(dim=0).nonzero().flatten().tolist() == [0, 1, 2, 3, *range(24, 40)]
+
+
+def test_lagkv_gives_a_channel_that_never_changes_no_say():
+    state = a_state(40)
+    state = replace(state, keys=with_a_still_channel(state.keys))
+    state = replace(state, values=with_a_still_channel(state.values))
+    importance = get_policy("lagkv(sinks=2, lag=5)").importance(state)
+    assert importance[:, 2:].isfinite().all()
+
+
+def with_a_still_channel(held):
+    return torch.cat([held, torch.full_like(held[..., :1], 3.0)], dim=-1)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "pyramidkv", "chunkkv", "adakv", "criticalkv"])
 def test_with_less_room_than_the_window_the_latest_of_it_stay(name):
     mask = get_policy(name).keep(a_state(40), 0.25)
     assert mask.all(dim=0).nonzero().flatten().tolist() == list(range(30, 40))

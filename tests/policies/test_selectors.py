@@ -2,8 +2,13 @@ import pytest
 import torch
 
 from pytest_kvguard.errors import InvalidArgument, Refused
-from pytest_kvguard.policies.recency import favour_latest
-from pytest_kvguard.policies.selectors import top_chunks, top_tokens, whole_units
+from pytest_kvguard.policies.recency import favour_earliest, favour_latest
+from pytest_kvguard.policies.selectors import (
+    top_chunks,
+    top_over_heads,
+    top_tokens,
+    whole_units,
+)
 from tests.strategies import a_state
 
 INF = float("inf")
@@ -67,6 +72,41 @@ class TestTopChunks:
     def test_refuses_a_length_that_is_no_count(self, length):
         with pytest.raises(InvalidArgument, match="length must be a whole number"):
             top_chunks(length)
+
+
+class TestTopOverHeads:
+    def of(self, importance, n, floor=0.0, **state):
+        values = torch.tensor(importance, dtype=torch.float32)
+        mask = top_over_heads(floor)(values, n, a_state(values.shape[1], **state))
+        return [row.nonzero().flatten().tolist() for row in mask]
+
+    def test_gives_the_room_to_the_most_important_of_all_heads(self):
+        assert self.of([[9, 8, 7, 6], [1, 5, 2, 3]], 2) == [[0, 1, 2], [1]]
+
+    def test_no_head_is_emptied(self):
+        assert self.of([[9, 8, 7, 6], [1, 2, 5, 3]], 2, floor=0.0) == [[0, 1, 2], [2]]
+
+    def test_the_floor_is_a_share_of_the_mean_rounded_down(self):
+        rows = [[9, 8, 7, 6, 5, 5], [1, 2, 3, 4, 0, 0]]
+        assert self.of(rows, 3, floor=0.67) == [[0, 1, 2, 3], [2, 3]]
+        assert self.of(rows, 3, floor=0.66) == [[0, 1, 2, 3, 4], [3]]
+        assert self.of(rows, 3, floor=1.0) == [[0, 1, 2], [1, 2, 3]]
+
+    def test_of_equals_the_earlier_stays_and_then_the_one_of_the_lower_head(self):
+        assert self.of([[0] * 6, [0] * 6, [0] * 6], 3, heads=3) == [[0, 1, 2]] * 3
+        assert self.of([[5, 1, 1], [1, 1, 1], [1, 1, 1]], 1, heads=3) == [[0], [0], [0]]
+        assert self.of([[5, 1, 1, 1], [1, 5, 1, 1]], 2) == [[0, 1], [0, 1]]
+
+    def test_keeps_protected_positions_in_every_head_and_charges_them(self):
+        kept = self.of([[9, 8, 7, 6], [1, 2, 5, 3]], 2, protected=(1, 3))
+        assert kept == [[1, 3], [1, 3]]
+
+    def test_ranks_infinite_importances(self):
+        assert self.of([[INF, -INF, INF], [-INF, 0, -INF]], 2) == [[0, 2], [0, 1]]
+
+    def test_refuses_a_floor_that_is_no_share(self):
+        with pytest.raises(InvalidArgument, match=r"floor must be in \[0, 1\], got 2"):
+            top_over_heads(2)
 
 
 UNITS = ((range(0, 3),), (range(3, 4), range(8, 10)), (range(4, 6),), (range(6, 8),))
@@ -145,3 +185,21 @@ class TestFavourLatest:
     def test_counts_from_none_to_more_than_there_are(self, count, order):
         lifted = favour_latest(torch.tensor([[1.0, 2]]), count)
         assert lifted.argsort(descending=True).tolist() == [order]
+
+    def test_lifts_above_the_others_of_any_head(self):
+        lifted = favour_latest(torch.tensor([[7.0, 1], [90, 2]]), 1)
+        assert lifted[0, 1] == lifted[1, 1] > 90
+
+
+class TestFavourEarliest:
+    def test_lifts_the_earliest_above_all_alike_and_leaves_the_others(self):
+        importance = torch.tensor([[7.0, 1, 9], [1, 2, 30]])
+        lifted = favour_earliest(importance, 2)
+        assert (lifted[:, :2] == lifted[0, 0]).all()
+        assert lifted[0, 0] > 30
+        assert lifted[:, 2].tolist() == [9, 30] == importance[:, 2].tolist()
+
+    @pytest.mark.parametrize("count", [0, 9])
+    def test_counts_from_none_to_more_than_there_are(self, count):
+        lifted = favour_earliest(torch.tensor([[1.0, 2]]), count)
+        assert lifted.tolist() == ([[1, 2]] if count == 0 else [[3, 3]])
