@@ -11,20 +11,22 @@ from pytest_kvguard.options import (
     DEFAULT_MAX_DROP,
     DEFAULT_POLICIES,
     DEFAULT_RATIOS,
+    DEFAULT_UNITS,
     Settings,
     count,
     keep_ratio,
     max_drop,
+    unit_kind,
 )
 from pytest_kvguard.specs import Spec, parse, parse_call
 
 NAME = "kv_sensitivity"
 SIGNATURE = (
-    "kv_sensitivity(task, *, policies=None, ratios=None, max_drop=None, limit=None): run a task "
-    "with the full KV cache and under each policy at each keep ratio, one test item each"
+    "kv_sensitivity(task, *, policies=None, ratios=None, max_drop=None, limit=None, units=None): "
+    "run a task with the full KV cache and under each policy at each keep ratio, one test item each"
 )
 Value = TypeVar("Value")
-KEYWORDS = ("policies", "ratios", "max_drop", "limit")
+KEYWORDS = ("policies", "ratios", "max_drop", "limit", "units")
 
 
 def kv_sensitivity(
@@ -34,13 +36,20 @@ def kv_sensitivity(
     ratios: float | Sequence[float] | None = None,
     max_drop: float | None = None,
     limit: int | None = None,
+    units: str | None = None,
 ) -> pytest.MarkDecorator:
     """Mark a test that asks for ``kv_result``: one item for each policy and ratio.
 
     task: a name such as ``"retrieval"`` or ``"retrieval(length=800)"``, or a Task. policies,
-    ratios, max_drop and limit are what the command line may override.
+    ratios, max_drop, limit and units are what the command line may override.
     """
-    given = {"policies": policies, "ratios": ratios, "max_drop": max_drop, "limit": limit}
+    given = {
+        "policies": policies,
+        "ratios": ratios,
+        "max_drop": max_drop,
+        "limit": limit,
+        "units": units,
+    }
     chosen = {name: value for name, value in given.items() if value is not None}
     decorator: pytest.MarkDecorator = getattr(pytest.mark, NAME)
     return decorator.with_args(task, **chosen)
@@ -55,6 +64,7 @@ class Plan:
     ratios: tuple[float, ...]
     max_drop: float
     limit: int | None
+    units: str  # what a policy that keeps units keeps whole
 
 
 def plan(mark: pytest.Mark, settings: Settings) -> Plan:
@@ -72,12 +82,14 @@ def plan(mark: pytest.Mark, settings: Settings) -> Plan:
     own_ratios = _each(keep_ratio, "ratios", asked.get("ratios", DEFAULT_RATIOS))
     own_drop = max_drop(str(asked.get("max_drop", DEFAULT_MAX_DROP)))
     own_limit = count(str(asked["limit"])) if "limit" in asked else None
+    own_units = unit_kind(str(asked.get("units", DEFAULT_UNITS)))
     return Plan(
         task=_task(mark.args[0], settings),
         policies=settings.policies or own_policies,
         ratios=settings.ratios or own_ratios,
         max_drop=own_drop if settings.max_drop is None else settings.max_drop,
         limit=own_limit if settings.limit is None else settings.limit,
+        units=settings.units or own_units,
     )
 
 

@@ -15,6 +15,8 @@ DEFAULT_MODEL = "reasoner"
 DEFAULT_POLICIES = ("snapkv",)
 DEFAULT_RATIOS = (0.5,)
 DEFAULT_MAX_DROP = 0.10
+DEFAULT_UNITS = "shots"
+UNITS = (DEFAULT_UNITS, "sentences", "paragraphs", "turns", "code", "json")
 PARTS = ("system", "instruction", "shot", "document", "question", "template")
 SIZES = {"MB": 2**20, "GB": 2**30, "MiB": 2**20, "GiB": 2**30}
 
@@ -94,6 +96,9 @@ def one_of(*known: str) -> Callable[[str], str]:
     return read
 
 
+unit_kind = one_of(*UNITS)
+
+
 def report_file(text: str) -> Path:
     """Read where to write; the folder must be there before an hour is spent."""
     path = Path(text)
@@ -169,6 +174,14 @@ OPTIONS = (
         one_of(*PARTS),
         many=True,
     ),
+    Option(
+        "--kv-units",
+        "KIND",
+        "What a policy that keeps units, such as shotkv, keeps whole: shots (as the task marks "
+        "them), or in the text of all parts but the question sentences, paragraphs, turns (User: "
+        "...), code (fenced blocks) or json. Default: the marker's, else shots",
+        unit_kind,
+    ),
     Option("--kv-report", "FILE", "Write every cell as JSON. Default: no file", report_file),
     Option("--kv-device", "DEVICE", "auto, cpu, cuda, cuda:1, ... Default: auto", str, "auto"),
     Option(
@@ -212,6 +225,7 @@ class Settings:
     mode: Any
     protocol: Any
     protect: tuple[str, ...]
+    units: str | None
     report: Path | None
     device: str
     dtype: str
@@ -234,6 +248,7 @@ def settings(config: pytest.Config) -> Settings:
         mode=values["kv_mode"],
         protocol=values["kv_protocol"],
         protect=values["kv_protect"],
+        units=values["kv_units"],
         report=values["kv_report"],
         device=values["kv_device"],
         dtype=values["kv_dtype"],

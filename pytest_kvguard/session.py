@@ -46,7 +46,7 @@ class Session:
     """Keeps what was measured, so that nothing is measured twice."""
 
     settings: Settings
-    asked: dict[tuple[str, int | None], list[CellName]] = field(default_factory=dict)
+    asked: dict[tuple[Any, ...], list[CellName]] = field(default_factory=dict)  # by _group
     _tasks: dict[str, "Task"] = field(default_factory=dict)
     _benches: dict[int, "Bench"] = field(default_factory=dict)
     _measured: dict[tuple[Any, ...], dict[CellName, "Measured"]] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class Session:
 
     def ask(self, plan: Plan, cell: CellName) -> None:
         """Note that a selected test wants a cell, so that it is run with its siblings."""
-        cells = self.asked.setdefault((_key(plan.task), plan.limit), [])
+        cells = self.asked.setdefault(_group(plan), [])
         if cell not in cells:
             cells.append(cell)
 
@@ -100,9 +100,9 @@ class Session:
         from pytest_kvguard.harness.compare import Comparison
 
         task = self.task(plan.task)
-        done = self._measured.setdefault((id(loaded), _key(plan.task), plan.limit), {})
+        done = self._measured.setdefault((id(loaded), *_group(plan)), {})
         if cell not in done:
-            siblings = self.asked.get((_key(plan.task), plan.limit), [])
+            siblings = self.asked.get(_group(plan), [])
             wanted = siblings if cell in siblings else [cell]
             fresh = [name for name in wanted if name not in done]
             done.update(self._run(loaded, task, plan, fresh, progress))
@@ -148,6 +148,7 @@ class Session:
             limit=plan.limit,
             protocol=self.settings.protocol,
             protect=self.settings.protect,
+            units=plan.units,
             progress=progress(f"{task.name}: {len(cells)} cells"),
         )
         if measured.given_up is not None:
@@ -165,6 +166,11 @@ def unregister(name: str) -> None:
 
     POLICIES.pop(name, None)
     TASKS.pop(name, None)
+
+
+def _group(plan: Plan) -> tuple[str, int | None, str]:
+    """Return what cells must share to be run together."""
+    return _key(plan.task), plan.limit, plan.units
 
 
 def _key(task: Any) -> str:

@@ -52,6 +52,8 @@ OUTSIDE = {
     "rich": {"report"},
     "datasets": {"tasks"},
     "jinja2": {"tasks"},
+    "markdown_it": {"tasks"},
+    "sentencex": {"tasks"},
     "gguf": set(),
     "xdist": {"scheduling"},
     "pytest": {"options", "marker", "hookspecs", "plugin", "report"},

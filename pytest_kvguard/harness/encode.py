@@ -11,6 +11,7 @@ from pytest_kvguard.policies.base import Passage, Unit
 from pytest_kvguard.tasks.base import Kind, Sample, Task
 from pytest_kvguard.tasks.prompt import Message, SpanKind, render
 from pytest_kvguard.tasks.tokens import context_length, token_kinds, token_spans, unit_positions
+from pytest_kvguard.tasks.units import MARKED, with_units
 
 KINDS: tuple[Kind, ...] = ("system", "instruction", "shot", "document", "question")
 PROTECTABLE = (*KINDS, "template")
@@ -23,12 +24,14 @@ def encode(
     *,
     ahead: bool,
     protect: Collection[str] = (),
+    units: str = MARKED,
 ) -> list[Prompt]:
     """Turn samples into prompts.
 
     ahead: compress the context before the question is seen; protect: the kinds of parts that
-    every policy must keep, any of PROTECTABLE. Raises InvalidArgument for a kind that is unknown,
-    a tokenizer without offsets and, under ``ahead``, a sample without context.
+    every policy must keep, any of PROTECTABLE; units: what lives or dies together, one of
+    KINDS_OF_UNITS. Raises InvalidArgument for a part that is unknown, a tokenizer without offsets
+    and, under ``ahead``, a sample without context, and what `with_units` does.
     """
     for kind in protect:
         if kind not in PROTECTABLE:
@@ -40,7 +43,7 @@ def encode(
             f"its tokens; use a fast tokenizer (one with a tokenizer.json)"
         )
     chat = task.chat and bool(getattr(tokenizer, "chat_template", None))
-    return [_encode(sample, tokenizer, chat, ahead, protect) for sample in samples]
+    return [_encode(sample, tokenizer, chat, ahead, protect, units) for sample in samples]
 
 
 def _within(length: int, units: Sequence[Unit]) -> tuple[Unit, ...]:
@@ -64,7 +67,7 @@ def _punctuation(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, ..
 
 
 def _encode(
-    sample: Sample, tokenizer: Any, chat: bool, ahead: bool, protect: Collection[str]
+    sample: Sample, tokenizer: Any, chat: bool, ahead: bool, protect: Collection[str], units: str
 ) -> Prompt:
     def template(messages: list[Message]) -> str:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -74,7 +77,8 @@ def _encode(
     tokens = tokenizer(
         rendered.text, return_offsets_mapping=True, add_special_tokens=not chat, verbose=False
     )
-    owners = token_spans(rendered.spans, tokens["offset_mapping"])
+    offsets = tokens["offset_mapping"]
+    owners = token_spans(rendered.spans, offsets)
     kinds = token_kinds(rendered.spans, owners)
     context = context_length(rendered.spans, owners)
     if ahead and context == 0:
@@ -84,15 +88,17 @@ def _encode(
         )
     ids, special = tuple(tokens["input_ids"]), frozenset(tokenizer.all_special_ids)
     length = context if ahead else len(ids)
+    spans = with_units(rendered, units).spans
     return Prompt(
         ids=ids,
         context=context,
         ahead=ahead,
         about=About(
-            units=_within(length, unit_positions(rendered.spans, owners)),
+            units=_within(length, unit_positions(spans, token_spans(spans, offsets))),
+            unit_kind=units,
             passages=_passages(kinds[:length], owners),
             special=tuple(at for at, id in enumerate(ids[:length]) if id in special),
-            punctuation=_punctuation(rendered.text, tokens["offset_mapping"][:length]),
+            punctuation=_punctuation(rendered.text, offsets[:length]),
         ),
         protected=tuple(at for at, kind in enumerate(kinds) if kind in protect),
     )

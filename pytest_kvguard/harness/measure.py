@@ -13,6 +13,7 @@ from pytest_kvguard.kv.grid import Cell, Grid, Outcome
 from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.models import Loaded
 from pytest_kvguard.tasks.base import Protocol, Sample, Task
+from pytest_kvguard.tasks.units import MARKED
 
 TRIAL = 20  # baseline answers after which a task far beyond the model is given up
 
@@ -42,20 +43,24 @@ class Bench:
         limit: int | None = None,
         protocol: Protocol | None = None,
         protect: Collection[str] = (),
+        units: str = MARKED,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Measured:
         """Answer the first ``limit`` samples of a task, with the full cache and under each cell.
 
         name: what reports call the task, such as ``word_problems(steps=2)``; its own name if None;
         protocol: when to compress, if not as the task says; protect: kinds of parts that every
-        policy must keep. Gives up after the first answers of a baseline that is hopeless.
+        policy must keep; units: what a policy that keeps units keeps whole. Gives up after the
+        first answers of a baseline that is hopeless.
         """
         samples = task.samples[:limit]
         if not samples:
             raise InvalidArgument(f"task {task.name!r} has no samples; give it some data")
         protocol = protocol or task.protocol
         ahead = protocol == "context"
-        prompts = encode(task, samples, self.loaded.tokenizer, ahead=ahead, protect=protect)
+        prompts = encode(
+            task, samples, self.loaded.tokenizer, ahead=ahead, protect=protect, units=units
+        )
         stopping = decode.Stopping(
             task.max_new_tokens, self.loaded.eos, task.stop, self.loaded.decode
         )
@@ -85,7 +90,7 @@ class Bench:
             prompts, cells, stopping, first=TRIAL, go_on=go_on, progress=progress
         )
         blank = replace(blank, disagreements=grid.disagreements)
-        record = _Recorder(samples, stopping, mark, grid, blank)
+        record = _Recorder(samples, stopping, mark, grid, blank, units)
         baseline = record.run(grid.baseline)
         if baseline.error is None and (reason := hopeless(list(baseline.scores.values()), chance)):
             return Measured(baseline, (), reason)
@@ -123,6 +128,7 @@ class _Recorder:
     mark: _Marking
     grid: Grid
     blank: Run
+    units: str
 
     def run(self, outcome: Outcome) -> Run:
         scores, failure = self.mark(outcome.answers)
@@ -158,6 +164,7 @@ class _Recorder:
             params=dict(cell.policy.params),
             ratio=cell.ratio,
             saves=cell.policy.saves,
+            units=self.units if cell.policy.keeps_units else None,
             evicted=outcome.evicted > 0,
             error=error,
         )

@@ -81,6 +81,7 @@ class Run:
     evicted: bool = False  # whether a generated token was evicted while decoding
     disagreements: int = 0  # baseline answers that round otherwise when read in one pass
     error: str | None = None  # why the run ended before its time
+    units: str | None = None  # what the policy keeps whole; None: it keeps tokens
     ability: str = ""  # the task's
     chance: float = 0.0  # the task's: what guessing scores
     higher_is_better: bool = True  # the task's

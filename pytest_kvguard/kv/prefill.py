@@ -25,6 +25,7 @@ class About:
     """What is known of a prompt's tokens beside their ids; positions."""
 
     units: tuple[Unit, ...] = ()
+    unit_kind: str = "shots"  # what the units are
     passages: tuple[Passage, ...] = ()
     special: tuple[int, ...] = ()
     punctuation: tuple[int, ...] = ()
@@ -76,6 +77,7 @@ class Prefill:
                 scaling=layer.scaling,
                 protected=protected,
                 units=about.units,
+                unit_kind=about.unit_kind,
                 attention_sums=layer.sums,
                 layer=index,
                 layers=len(layers),

@@ -48,6 +48,7 @@ class LayerState:
     scaling: float  # what attention multiplies q.k by
     protected: Tensor  # (T,) bool; stays under every policy and is charged to the budget
     units: tuple[Unit, ...] = ()  # in prompt order; positions outside all units belong to none
+    unit_kind: str = "shots"  # what they are: shots, as the task marks them, sentences, ...
     attention_sums: Tensor | None = None  # (Hq, T) float32, summed over all T causal queries
     layer: int = 0  # index among the compressible layers
     layers: int = 1  # how many compressible layers there are

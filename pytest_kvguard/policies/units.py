@@ -13,11 +13,12 @@ def positions_of(unit: Unit) -> list[int]:
 
 
 def check_units(state: LayerState) -> None:
-    """Raise InvalidArgument for a prompt whose task marks no units."""
+    """Raise InvalidArgument for a prompt without units."""
     if not state.units:
         raise InvalidArgument(
-            "this prompt has no units to keep whole: its task marks none; "
-            "use a policy that keeps tokens, such as snapkv, h2o or streaming_llm"
+            f"this prompt has no units of the kind {state.unit_kind!r} to keep whole; choose units "
+            f"that it has, such as --kv-units=sentences, or a policy that keeps tokens, such as "
+            f"snapkv, h2o or streaming_llm"
         )
 
 

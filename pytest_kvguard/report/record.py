@@ -30,6 +30,7 @@ class Cell(TypedDict):
     params: dict[str, Any]
     ratio: float
     protocol: str
+    units: str | None
     n: int
     base: float | None
     kept: float | None
@@ -68,6 +69,7 @@ def to_cell(comparison: "Comparison", *, model: str = "", spec: str | None = Non
         params=dict(kept.params),
         ratio=kept.ratio,
         protocol=kept.protocol,
+        units=kept.units,
         n=c.n,
         base=c.base.mean,
         kept=kept.mean,
@@ -106,6 +108,7 @@ def not_run(
         params=dict(spec.params),
         ratio=ratio,
         protocol=base.protocol,
+        units=None,
         n=len(base.scores),
         base=base.mean,
         kept=None,

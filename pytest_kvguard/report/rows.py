@@ -18,7 +18,7 @@ def row(cell: Cell) -> tuple[str, ...]:
     low, high = cell["interval"]
     return (
         cell["task"] if cell["protocol"] == "prompt" else f"{cell['task']} ({cell['protocol']})",
-        cell["spec"],
+        _policy(cell),
         f"{cell['ratio']:g}",
         _held(cell),
         str(cell["n"]),
@@ -55,7 +55,7 @@ def reasons(cells: Sequence[Cell]) -> Iterator[str]:
         for cell in _with(verdict, cells):
             if cell["reason"]:
                 names = alike.setdefault((cell["task"], cell["reason"]), [])
-                names.append(f"{cell['spec']}@{cell['ratio']:g}")
+                names.append(f"{_policy(cell)}@{cell['ratio']:g}")
         for (task, reason), names in alike.items():
             yield f"{task} {', '.join(names)}: {shown(verdict)}: {reason}"
 
@@ -92,6 +92,11 @@ def _held(cell: Cell) -> str:
     if cell["saves"] == "bytes":
         return f"{cell['bytes_held'] / cell['bytes_full']:.0%} of bytes"
     return f"{cell['held']['mean']:.0%}" if cell["held"] else "?"
+
+
+def _policy(cell: Cell) -> str:
+    """Name the policy, and the units it keeps whole where they are not those of the task."""
+    return cell["spec"] if cell["units"] in (None, "shots") else f"{cell['spec']} ({cell['units']})"
 
 
 def _mark(mean: float | None) -> str:

@@ -6,6 +6,8 @@ from transformers import AutoTokenizer
 from pytest_kvguard.harness.encode import encode
 from pytest_kvguard.models import reasoner
 from pytest_kvguard.tasks import get_task
+from pytest_kvguard.tasks.base import Part, Sample, Task
+from pytest_kvguard.tasks.procedural.words import NAMES
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +53,31 @@ def test_special_tokens_and_punctuation_are_told_apart_from_words(tokenizer, tas
     others = set(range(1, len(prompt.ids))) - set(about.punctuation)
     words = [tokenizer.decode([prompt.ids[at]]) for at in others]
     assert all(word.isspace() or word.strip(" .,:?") for word in words)
+
+
+def units_read(tokenizer, prompt):
+    return [
+        "".join(tokenizer.decode(prompt.ids[span.start : span.stop]) for span in unit)
+        for unit in prompt.about.units
+    ]
+
+
+def test_units_chosen_anew_are_tokens_of_the_context_and_passages_stay_those_of_the_task(tokenizer):
+    asked = ["Q: What is the code of {}?", " A: The code is 47.", " The code of {} is 47.\n"]
+    lines = [[line.format(name) for line in asked] for name in NAMES[:2]]
+    shots = [Part("shot", "".join(line), f"shot {i}") for i, line in enumerate(lines)]
+    sample = Sample("s", (*shots, Part("question", "Q: What is 47? A:")), ("47",))
+    task = Task("t", "t", (sample,), lambda completion, sample: 1.0, 5, chat=False)
+    (marked,) = encode(task, task.samples, tokenizer, ahead=False)
+    (found,) = encode(task, task.samples, tokenizer, ahead=False, units="sentences")
+    assert units_read(tokenizer, marked) == [shot.text for shot in shots]
+    assert units_read(tokenizer, found) == [*lines[0], *lines[1]]
+    assert (marked.about.unit_kind, found.about.unit_kind) == ("shots", "sentences")
+    assert marked.about.passages == found.about.passages
+
+
+def test_sentences_of_a_haystack_are_the_units_its_task_marks(tokenizer):
+    task = get_task("retrieval_facts(n=2)")
+    found = encode(task, task.samples, tokenizer, ahead=False, units="sentences")
+    marked = encode(task, task.samples, tokenizer, ahead=False)
+    assert [p.about.units for p in found] == [p.about.units for p in marked]

@@ -185,3 +185,35 @@ def test_a_name_that_cannot_be_added_ends_the_run(suite, policy, task, expected)
     result = suite()
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"ERROR: test_it.py::test_recall: {expected}"])
+
+
+UNITS = """
+    from pytest_kvguard import kv_sensitivity
+
+    @kv_sensitivity("recall", policies=["shotkv", "tova"])
+    def test_shots(kv_result):
+        assert kv_result.kept.units in ("shots", None)
+
+    @kv_sensitivity("recall", policies="shotkv", units="sentences")
+    def test_sentences(kv_result):
+        assert kv_result.kept.units == "sentences"
+"""
+
+
+def test_units_are_chosen_by_the_marker_or_for_all_and_the_report_says_which(suite):
+    suite.pytester.makepyfile(UNITS)
+    by_marker = suite.cells()
+    assert [cell["units"] for cell in by_marker] == ["shots", None, "sentences"]
+    shots, _, sentences = by_marker
+    assert shots["base"] == sentences["base"]
+    result = suite("--kv-units=paragraphs")
+    result.assert_outcomes(passed=1, failed=2)
+    result.stdout.fnmatch_lines(["recall *shotkv (paragraphs) *0.5 *"])
+
+
+def test_a_prompt_without_such_units_is_refused_only_under_a_policy_that_keeps_them(suite):
+    suite.pytester.makepyfile(UNITS)
+    kept, tokens, _ = suite.cells("--kv-units=code")
+    assert kept["verdict"] == "refused"
+    assert "this prompt has no units of the kind 'code' to keep whole; choose" in kept["reason"]
+    assert tokens["verdict"] != "refused"

@@ -89,6 +89,7 @@ def test_lists_are_separated_by_commas_or_repeated_and_said_twice_count_once(sui
         ("--kv-mode=strict", "--kv-mode: expected one of gate, proved, regression, got 'strict'"),
         ("--kv-protocol=both", "--kv-protocol: expected one of prompt, context, got 'both'"),
         ("--kv-protect=shots", "--kv-protect: expected one of system, instruction, shot, document"),
+        ("--kv-units=lines", "--kv-units: expected one of shots, sentences, paragraphs, turns, co"),
         ("--kv-report=no/kv.json", "--kv-report: there is no folder 'no' to write 'kv.json' to"),
         ("--kv-report=.", "--kv-report: '.' is a folder; name a file in it"),
         ("--kv-dtype=int8", "--kv-dtype: expected one of float32, bfloat16, float16, got 'int8'"),

@@ -9,6 +9,7 @@ CELL = {
     "params": {"window": 32},
     "ratio": 0.25,
     "protocol": "prompt",
+    "units": None,
     "n": 50,
     "base": 0.96,
     "kept": 0.94,

@@ -69,6 +69,7 @@ def test_a_cell_says_what_the_comparison_says():
         "params": {"window": 16},
         "ratio": 0.25,
         "protocol": "prompt",
+        "units": None,
         "n": 40,
         "base": 0.75,
         "kept": 0.725,

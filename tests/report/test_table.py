@@ -128,3 +128,13 @@ def test_tasks_of_an_ability_stand_together_under_its_name(cells):
     mixed = [cells[0], cells[0] | {"ability": "reasoning", "task": "sums"}, cells[0]]
     first_words = [line.split()[0] for line in table(mixed)[1:6]]
     assert first_words == ["RETRIEVAL", "retrieval", "retrieval", "REASONING", "sums"]
+
+
+def test_units_are_shown_where_they_are_not_those_the_task_marks(cells):
+    shots, sentences = (cells[0] | {"spec": "shotkv", "units": u} for u in ("shots", "sentences"))
+    lines = table([shots, sentences | {"reason": "odd"}], width=140)
+    assert [line.split("0.25")[0].split() for line in lines[2:4]] == [
+        ["retrieval", "shotkv"],
+        ["retrieval", "shotkv", "(sentences)"],
+    ]
+    assert "retrieval shotkv (sentences)@0.25: pass: odd" in lines
