@@ -69,6 +69,11 @@ def test_a_sentence_ends_where_a_reader_ends_it(text):
     assert cut(sentences, text.replace("|", "")) == text
 
 
+@pytest.mark.parametrize("blank", ["\u2028", "\u00a0", "\u3000"])
+def test_a_wide_blank_behind_an_initial_does_no_harm(blank):
+    assert cut(sentences, f"B.{blank}") == f"B.{blank}"  # sentencex itself panics at the first
+
+
 @pytest.mark.parametrize(
     ("found", "reader"),
     [
