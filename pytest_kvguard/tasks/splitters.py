@@ -38,7 +38,7 @@ def sentences(text: str) -> list[Extent]:
         from sentencex import get_sentence_boundaries
     except ImportError:
         raise _missing("sentences", "sentencex") from None
-    plain = STRANGE_BLANK.sub(" ", text)  # sentencex 1.0.32 panics at some, as in "B.\u2028"
+    plain = STRANGE_BLANK.sub(" ", text)  # sentencex 1.0.32 panics at some, as in "B\xa0."
     return _cut(text, [found["start_index"] for found in get_sentence_boundaries(LANGUAGE, plain)])
 
 
