@@ -7,7 +7,7 @@ differ in one thing. The sections are docstrings.
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from pytest_kvguard.policies import POLICIES
-from pytest_kvguard.policies.base import DecodeState, LayerState, Passage, Policy
+from pytest_kvguard.policies.base import DecodeState, LayerState, Modifier, Passage, Policy
+from pytest_kvguard.policies.full import full
+from pytest_kvguard.policies.modifiers import MODIFIERS
+from pytest_kvguard.policies.snapkv import snapkv
 
 PAGE = Path(__file__).with_name("policies.md")
 LENGTH = 384  # positions; more than any default window or pair of runs
@@ -42,6 +45,16 @@ records every query, not only the last. *RoPE*: rotations are undone and redone.
 draft is read token by token inside attention, and an answer that leaves it starts over.
 """
 
+MODIFYING = """\
+# Modifiers
+
+Behind a bar, a modifier changes any policy it can: `snapkv|kivi(bits=4)`.
+
+- **changes**: what is different about `snapkv` behind it
+- **alone**: whether it does something to the full cache too; the keep ratio is then the share of
+  its bytes
+"""
+
 FIELDS = {
     "queries": "",  # how many of them, `_looked_at` says
     "keys": "keys",
@@ -56,29 +69,60 @@ FIELDS = {
 }
 """What a policy may look at, and the words for it."""
 
+CHANGES = {
+    "importance": "what is kept",
+    "budget": "what is kept",
+    "select": "what is kept",
+    "reuse": "which layers select",
+    "rerotate": "where keys stand",
+    "decode": "what goes while decoding",
+    "store": "how it is stored",
+}
+"""What a modifier may replace, and the words for it."""
+
+Factory = Callable[..., Policy] | Callable[..., Modifier]
+
 
 def page() -> str:
     """Return the page."""
     head = ("policy", "paper", "decides by", "heads", "layers", "while decoding", "costs")
     rows = [_row(name, make()) for name, make in POLICIES.items()]
-    papers: dict[str, list[str]] = {}
-    for name, make in POLICIES.items():
-        papers.setdefault(make.__module__, []).append(name)
-    sections = [_section(module, names) for module, names in papers.items()]
-    return "\n".join([INTRODUCTION, _table(head, rows), COSTS, *sections])
+    modifiers = [_modifier(name, make()) for name, make in MODIFIERS.items()]
+    return "\n".join(
+        [
+            INTRODUCTION,
+            _table(head, rows),
+            COSTS,
+            *_sections(POLICIES),
+            MODIFYING,
+            _table(("modifier", "paper", "changes", "alone"), modifiers),
+            *_sections(MODIFIERS),
+        ]
+    )
 
 
 def _row(name: str, policy: Policy) -> tuple[str, ...]:
-    anchor = _title(POLICIES[name].__module__).lower().replace(" ", "-")
     return (
-        f"[`{name}`](#{anchor})",
-        _paper(POLICIES[name].__module__),
+        _link(name, POLICIES[name]),
+        _paper(POLICIES[name]),
         _looked_at(policy),
         _heads(policy),
         _layers(policy),
         _while_decoding(policy),
         _costs(policy),
     )
+
+
+def _modifier(name: str, modify: Modifier) -> tuple[str, ...]:
+    host = snapkv()
+    changed = modify(host)
+    words = {
+        said: None
+        for field, said in CHANGES.items()
+        if getattr(changed, field) != getattr(host, field)
+    }
+    alone = "yes" if modify(full()).store else "no"
+    return _link(name, MODIFIERS[name]), _paper(MODIFIERS[name]), ", ".join(words), alone
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -201,34 +245,43 @@ def _step() -> DecodeState:
     )
 
 
-def _section(module: str, names: Iterable[str]) -> str:
-    """Return what the docstrings of a module and its policies say."""
+def _sections(factories: Mapping[str, Factory]) -> list[str]:
+    papers: dict[str, dict[str, Factory]] = {}
+    for name, factory in factories.items():
+        papers.setdefault(factory.__module__, {})[name] = factory
+    return [_section(module, made) for module, made in papers.items()]
+
+
+def _section(module: str, factories: Mapping[str, Factory]) -> str:
+    """Return what the docstrings of a module and its factories say."""
     first, *rest = _paragraphs(_doc(sys.modules[module]))
     title, _, summary = first.partition(": ")
-    made = [text for name in names for text in _factory(name)]
+    made = [text for name, factory in factories.items() for text in _factory(name, factory)]
     return "\n".join([f"## {title}\n", summary[:1].upper() + summary[1:], *rest, *made])
 
 
-def _factory(name: str) -> list[str]:
-    known = inspect.signature(POLICIES[name]).parameters.values()
+def _factory(name: str, factory: Factory) -> list[str]:
+    known = inspect.signature(factory).parameters.values()
     typed = ", ".join(f"{parameter.name}={parameter.default!r}" for parameter in known)
-    first, *rest = _paragraphs(_doc(POLICIES[name]))
+    first, *rest = _paragraphs(_doc(factory))
     return [f"`{name}({typed})`: {first}", *rest]
 
 
-def _title(module: str) -> str:
-    return _doc(sys.modules[module]).partition(":")[0]
+def _link(name: str, factory: Factory) -> str:
+    title = _doc(sys.modules[factory.__module__]).partition(":")[0]
+    return f"[`{name}`](#{title.lower().replace(' ', '-')})"
 
 
-def _paper(module: str) -> str:
-    """Return links to the addresses a module names."""
-    found = dict.fromkeys(re.findall(r"https://[^\s,;]+", _doc(sys.modules[module])))
+def _paper(factory: Factory) -> str:
+    """Return links to the addresses a factory's module names."""
+    doc = _doc(sys.modules[factory.__module__])
+    found = dict.fromkeys(re.findall(r"https://[^\s,;:]+[^\s,;:.]", doc))
     return ", ".join(f"[{address.rpartition('/')[2]}]({address})" for address in found)
 
 
 def _paragraphs(doc: str) -> list[str]:
     """Return the paragraphs as Markdown; lines of a word, a gap and a text become a list."""
-    text = doc.replace("``", "`").replace("Differs from the paper:", "**Differs from the paper:**")
+    text = doc.replace("``", "`").replace("Differs from", "**Differs** from")
     return [_markdown(paragraph) + "\n" for paragraph in text.split("\n\n")]
 
 
@@ -238,7 +291,7 @@ def _markdown(paragraph: str) -> str:
             re.split(r" {2,}", line, maxsplit=1) for line in re.split(r"\n(?=\w)", paragraph)
         ]
         return "\n".join(f"- *{word}*: {' '.join(said.split())}" for word, said in entries)
-    return " ".join(re.sub(r"(https://\S+)\n", r"\1; ", paragraph).split())
+    return " ".join(re.sub(r"(https://\S+\w)\n", r"\1; ", paragraph).split())
 
 
 def _doc(thing: object) -> str:

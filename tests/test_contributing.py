@@ -35,7 +35,7 @@ def package(pytester, monkeypatch, imported):
 
 def test_the_policies_of_the_recipe_run_as_shown(package, pytester):
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-v")
-    result.assert_outcomes(passed=4)
+    result.assert_outcomes(passed=5)
     result.stdout.fnmatch_lines(["*it_loses_little*rolling-0.5* PASSED*"])
 
 

@@ -9,6 +9,8 @@ from pytest_kvguard.policies import POLICIES
 from pytest_kvguard.policies.base import Policy
 from pytest_kvguard.policies.budgets import keep_ratio
 from pytest_kvguard.policies.h2o import h2o
+from pytest_kvguard.policies.kivi import kivi
+from pytest_kvguard.policies.modifiers import MODIFIERS
 from pytest_kvguard.policies.pyramidkv import pyramidkv
 from pytest_kvguard.policies.selectors import top_tokens
 from pytest_kvguard.policies.shotkv import shotkv
@@ -27,8 +29,8 @@ def test_the_page_of_the_policies_is_what_its_program_writes(write):
     assert write["page"]() == PAGE, "run: python docs/make_policies.py"
 
 
-@pytest.mark.parametrize("name", POLICIES)
-def test_every_policy_has_a_row_a_paper_and_a_section(name):
+@pytest.mark.parametrize("name", [*POLICIES, *MODIFIERS])
+def test_every_policy_and_modifier_has_a_row_a_paper_and_a_section(name):
     [row] = [line for line in PAGE.splitlines() if line.startswith(f"| [`{name}`](#")]
     anchor = row.partition("(#")[2].partition(")")[0]
     assert "](https://" in row
@@ -56,3 +58,4 @@ def test_the_words_of_the_table_are_those_of_the_papers(write):
     assert write["_while_decoding"](shotkv()) == "generated"
     assert write["_while_decoding"](h2o()) == "any"
     assert write["_costs"](h2o()) == "sums, step by step"
+    assert write["_modifier"]("kivi", kivi())[2:] == ("how it is stored", "yes")
