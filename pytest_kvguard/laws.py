@@ -79,9 +79,20 @@ class Trial:
         return self.choose(self.state)
 
     @cached_property
+    def protected(self) -> Tensor:
+        """Positions that stay under every policy, or that this one `stays` by, (T,) bool.
+
+        What a policy declares to stay must stay, and counts where it refuses: a whitelist that no
+        budget can hold is refused rightly, one that is not declared is not.
+        """
+        return self.policy.fixed(self.state)
+
+    @cached_property
     def fixed(self) -> Tensor:
         """Positions that stay whatever their importance, (T,) bool."""
-        return must_stay(self.state) if self.policy.keeps_units else self.state.protected
+        if not self.policy.keeps_units:
+            return self.protected
+        return must_stay(replace(self.state, protected=self.protected))
 
     @cached_property
     def room(self) -> int:
@@ -157,7 +168,7 @@ def _units_stay_whole(trial: Trial) -> str:
     if trial.mask is None or not trial.policy.keeps_units:
         return ""
     for unit in trial.state.units:
-        free = [at for at in positions_of(unit) if not trial.state.protected[at]]
+        free = [at for at in positions_of(unit) if not trial.protected[at]]
         if any(row.any() and not row.all() for row in trial.mask[:, free]):
             return f"split the unit {unit}"
     return ""

@@ -9,7 +9,7 @@ from torch import Tensor
 from pytest_kvguard.kv.prefill import HeldLayer, Prefill
 from pytest_kvguard.kv.rope import Rotation
 from pytest_kvguard.policies.base import EMPTY, LayerState, Policy
-from pytest_kvguard.policies.check import checked_keep
+from pytest_kvguard.policies.check import checked_keep, checked_reuse
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def keep_masks(
     masks: list[Tensor] = []
     for index, (importance, state) in enumerate(zip(importances, states, strict=True)):
         if index % policy.reuse:
-            masks.append(masks[-1])
+            masks.append(checked_reuse(policy, masks[-1], state, ratio))
         else:
             masks.append(checked_keep(policy, importance, state, ratio))
     return masks

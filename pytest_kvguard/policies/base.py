@@ -183,6 +183,7 @@ class Policy:
     rerotate: bool = False  # keys move to their index in the cache (cache positions)
     decode: DecodeEviction | None = None  # None: generated tokens all stay
     decode_ratio: float | None = None  # keep ratio while decoding; None: the prefill's
+    stays: Callable[[LayerState], Tensor] | None = None  # (T,) bool; what it protects by itself
     store: Storage | None = None  # None: as the model made it
     saves: Saves = "positions"  # what the keep ratio is a share of
 
@@ -192,6 +193,10 @@ class Policy:
                 f"{self.name}: keys that are stored as codes cannot be moved while decoding; "
                 f"use original positions, or leave the storage out"
             )
+
+    def fixed(self, state: LayerState) -> Tensor:
+        """Return what stays whatever its importance, (T,) bool: protected in general, or here."""
+        return state.protected if self.stays is None else state.protected | self.stays(state)
 
     def keep(self, state: LayerState, ratio: float) -> Tensor:
         """Return the mask of the positions to keep, (Hkv, T) bool."""

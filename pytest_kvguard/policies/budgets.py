@@ -1,6 +1,8 @@
 """How many positions a layer keeps. The only place that rounds."""
 
 import math
+from collections.abc import Sequence
+from fractions import Fraction
 from numbers import Real
 
 import torch
@@ -47,6 +49,30 @@ def keep_ratio_of_units(state: LayerState, ratio: float) -> int:
     """
     check_units(state)
     return _holding(int(must_stay(state).sum()), "protected or in no unit", state, ratio)
+
+
+def fair_shares(n: int, sizes: Sequence[int], least: Sequence[int]) -> list[int]:
+    """Split n positions over parts in proportion to their sizes, none getting less than its least.
+
+    A part whose least is more than its proportion gets that, and the others split the rest. The
+    shares add up to n, each less than one from its proportion: rounded down, then one more for
+    the largest remainders, of equals the earlier (Hamilton's method). sum(least) <= n <=
+    sum(sizes).
+    """
+    short: set[int] = set()  # parts that get their least
+    while True:
+        open_ = [part for part in range(len(sizes)) if part not in short]
+        rest = n - sum(least[part] for part in short)
+        exact = {p: Fraction(rest * sizes[p], sum(sizes[q] for q in open_)) for p in open_}
+        more = {part for part in open_ if exact[part] < least[part]}
+        if not more:
+            break
+        short |= more
+    shares = [math.floor(exact.get(part, least[part])) for part in range(len(sizes))]
+    by_remainder = sorted(exact, key=lambda part: shares[part] - exact[part])
+    for part in by_remainder[: n - sum(shares)]:
+        shares[part] += 1
+    return shares
 
 
 def pyramid(beta: int = 20, window: int = 32) -> Budget:

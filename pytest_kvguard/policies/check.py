@@ -25,18 +25,29 @@ def checked_keep(policy: Policy, importance: Tensor, state: LayerState, ratio: f
         mask.shape == shape and mask.dtype == torch.bool,
         f"{where}: the keep mask is {_form(mask)}, not {shape} bool",
     )
+    return _within(policy, mask, budget, state)
+
+
+def checked_reuse(policy: Policy, mask: Tensor, state: LayerState, ratio: float) -> Tensor:
+    """Return the mask another layer made, (Hkv, T) bool; raise as `checked_keep` does."""
+    return _within(policy, mask, policy.budget(state, ratio), state)
+
+
+def _within(policy: Policy, mask: Tensor, budget: int, state: LayerState) -> Tensor:
+    where = f"policy {policy.name!r}, layer {state.layer}"
     kept = mask.sum(dim=-1)
     fewest, most = int(kept.min()), int(kept.max())
     if policy.shares_heads:
-        total, allowed = int(mask.sum()), budget * shape[0]
+        total, allowed = int(mask.sum()), budget * len(mask)
         _require(total <= allowed, f"{where}: its heads kept {total} positions, not {allowed}")
     else:
         _require(most <= budget, f"{where}: kept {most} positions, the budget is {budget}")
     _require(fewest > 0, f"{where}: a head kept no position, the budget is {budget}")
-    dropped = int((state.protected & ~mask).any(dim=0).sum())
+    fixed = policy.fixed(state)
+    dropped = int((fixed & ~mask).any(dim=0).sum())
     _require(
         dropped == 0,
-        f"{where}: dropped {dropped} of {int(state.protected.sum())} protected positions, "
+        f"{where}: dropped {dropped} of {int(fixed.sum())} protected positions, "
         f"kept {fewest} to {most}, the budget is {budget}",
     )
     return mask

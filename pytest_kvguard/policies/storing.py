@@ -1,12 +1,11 @@
 """Modifiers that change how a policy's cache is stored."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.policies.base import Modifier, Policy, Storage
-from pytest_kvguard.policies.parameters import frozen
+from pytest_kvguard.policies.modify import modified
 
 
 def storing(name: str, storage: Storage, params: Mapping[str, Any]) -> Modifier:
@@ -18,11 +17,6 @@ def storing(name: str, storage: Storage, params: Mapping[str, Any]) -> Modifier:
     def modify(policy: Policy) -> Policy:
         if policy.store is not None:
             raise InvalidArgument(f"{policy.name} says already how it is stored; leave out {name}")
-        return replace(
-            policy,
-            name=name if policy.name == "full" else f"{policy.name}|{name}",
-            store=storage,
-            params=frozen(**{**policy.params, **params}),
-        )
+        return modified(policy, name, params, store=storage)
 
     return modify

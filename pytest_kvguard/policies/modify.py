@@ -1,0 +1,24 @@
+"""How a modifier names what it makes of a policy."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.policies.base import Policy
+from pytest_kvguard.policies.parameters import frozen
+
+
+def modified(policy: Policy, name: str, params: Mapping[str, Any], **changes: Any) -> Policy:
+    """Return the policy with fields changed, as ``policy|name``, and its parameters with more.
+
+    On the full cache the modifier stands alone. Raises InvalidArgument for one applied twice.
+    """
+    if name in policy.name.split("|")[1:]:
+        raise InvalidArgument(f"{policy.name} is modified by {name} already; leave one out")
+    return replace(
+        policy,
+        name=name if policy.name == "full" else f"{policy.name}|{name}",
+        params=frozen(**policy.params, **params),
+        **changes,
+    )
