@@ -149,7 +149,7 @@ def kvpress(loaded: Loaded, prompts: Sequence[Prompt], cells: Cells, new: int) -
 
 
 def generate(loaded: Loaded, prompts: Sequence[Prompt], cells: Cells, new: int) -> dict[str, Any]:
-    """Answer with the full cache by transformers' own generate()."""
+    """Answer with the full cache as transformers does by itself."""
     counted = Counter(loaded.model)
     answers = []
     began = time.perf_counter()

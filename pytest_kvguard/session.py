@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_kvguard.errors import InvalidArgument, UnknownName
 from pytest_kvguard.marker import Plan
 from pytest_kvguard.options import Settings
+from pytest_kvguard.progress import Hear
 from pytest_kvguard.report.record import Cell, not_run, to_cell
 from pytest_kvguard.specs import Spec
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:  # importing these costs seconds, which sessions without a kv 
     from pytest_kvguard.models import Loaded
     from pytest_kvguard.tasks.base import Task
 
-Progress = Callable[[str], Callable[[int, int], None]]
-"""Title of a long piece of work -> who hears how much is done, of how much."""
+Announce = Callable[[str], Hear]
+"""Title of a long piece of work -> who hears how far it is."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Session:
             cells.append(cell)
 
     def measure(
-        self, loaded: "Loaded", plan: Plan, cell: CellName, progress: Progress
+        self, loaded: "Loaded", plan: Plan, cell: CellName, progress: Announce
     ) -> Measurement:
         """Return a cell, running it and all its siblings that were asked for if need be."""
         from pytest_kvguard.harness.compare import Comparison
@@ -128,7 +129,7 @@ class Session:
         task: "Task",
         plan: Plan,
         names: list[CellName],
-        progress: Progress,
+        progress: Announce,
     ) -> dict[CellName, "Measured"]:
         from dataclasses import replace
 

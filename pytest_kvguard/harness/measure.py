@@ -1,6 +1,6 @@
 """Put a task to a model, with its full cache and under every cell, and mark the answers."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pytest_kvguard.errors import InvalidArgument
@@ -12,6 +12,7 @@ from pytest_kvguard.kv.engine import Engine
 from pytest_kvguard.kv.grid import Cell, Grid, Outcome
 from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.models import Loaded
+from pytest_kvguard.progress import Hear, nobody
 from pytest_kvguard.tasks.base import Protocol, Sample, Task
 from pytest_kvguard.tasks.units import MARKED
 
@@ -44,7 +45,7 @@ class Bench:
         protocol: Protocol | None = None,
         protect: Collection[str] = (),
         units: str = MARKED,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Hear = nobody,
     ) -> Measured:
         """Answer the first ``limit`` samples of a task, with the full cache and under each cell.
 

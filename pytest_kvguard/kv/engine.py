@@ -38,6 +38,7 @@ from pytest_kvguard.kv.rows import GrowingLayer, LayerFactory, Rows
 from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.kv.selfcheck import check_faithful
 from pytest_kvguard.policies.base import LayerState, Policy
+from pytest_kvguard.progress import Hear, nobody
 
 SHARE = 4  # prefills, references and rows exist at the same time, each a part of the memory
 
@@ -59,19 +60,22 @@ class Engine:
         *,
         first: int = 24,
         go_on: Callable[[Mapping[int, Answer]], bool] = lambda answers: True,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Hear = nobody,
     ) -> Grid:
         """Answer every prompt with the full cache and under every cell.
 
         After the first ``first`` answers of the full cache, ``go_on`` may end the run.
-        ``progress`` hears answers done and in all.
+        ``progress`` hears after every pass of the model how far all is.
         """
         self._check(prompts)
         grid = Grid(Outcome(), {index: Outcome() for index in range(len(cells))})
-        total = len(prompts) * (1 + len(cells))
-        done = 0
+        before = self.seam.tokens
+
+        def passed() -> None:
+            progress(grid.progress(len(prompts), self.seam.tokens - before))
+
         waiting: list[HeldPrompt] = []  # answered by the full cache, not yet under the cells
-        with self.seam.open():
+        with self.seam.open(passed):
             for wave, full in self._waves(prompts, cells, grid, first):
                 on_trial = len(grid.baseline.answers) < first
                 self._baseline(wave, grid, stopping)
@@ -83,8 +87,6 @@ class Engine:
                     continue
                 for part in chunks(waiting, self._draft_bytes(grid), self.memory // SHARE):
                     self._cells(part, cells, grid, stopping)
-                    done += len(part) * (1 + len(cells))
-                    progress(done, total)
                 waiting = []
         return grid
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from pytest_kvguard.kv.decode import Answer
 from pytest_kvguard.kv.prefill import UNKNOWN, About
 from pytest_kvguard.policies.base import DecodeEviction, Policy
+from pytest_kvguard.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -99,3 +100,10 @@ class Grid:
     prefills: int = 0  # contexts prefilled from their first token
     abandoned: bool = False  # ended after the first answers of the full cache
     disagreements: int = 0  # prompts whose baseline, read in one go, rounds to another token
+
+    def progress(self, prompts: int, tokens: int) -> Progress:
+        """Say how far the answers to this many prompts are."""
+        done = [len(outcome.answers) for outcome in self.cells.values()]
+        answers = len(self.baseline.answers) + sum(done)
+        whole = sum(count == prompts for count in done)
+        return Progress(answers, prompts * (1 + len(done)), whole, tokens)

@@ -45,6 +45,10 @@ Attend = Callable[[Step], Tensor]
 """step -> (R, Hq, Q, D), what attention adds up to."""
 
 
+def _nothing() -> None:
+    pass
+
+
 class Seam:
     """A model whose attention is ours while the seam is open; counts what goes through."""
 
@@ -53,6 +57,7 @@ class Seam:
         self.model = model
         self.forwards = 0
         self.tokens = 0
+        self._passed: Callable[[], None] = _nothing
         self._attend: Attend | None = None
 
     @property
@@ -66,8 +71,11 @@ class Seam:
         return int(self.model.config.get_text_config().vocab_size)
 
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """Take over attention for one block; everything is as before when it ends."""
+    def open(self, passed: Callable[[], None] = _nothing) -> Iterator[None]:
+        """Take over attention for one block; everything is as before when it ends.
+
+        ``passed`` is called after every pass of the model.
+        """
         before = self.model.config._attn_implementation
         training = self.model.training
         AttentionInterface.register(NAME, self._attention)
@@ -79,10 +87,12 @@ class Seam:
                 f"cannot be compressed; use a model that supports attn_implementation='sdpa'"
             ) from problem
         self.model.eval()
+        self._passed = passed
         try:
             with torch.inference_mode():
                 yield
         finally:
+            self._passed = _nothing
             self.model.set_attn_implementation(before)
             self.model.train(training)
             AttentionInterface.register(NAME, _closed)  # lets go of the model
@@ -96,11 +106,13 @@ class Seam:
         self.tokens += ids.numel()
         self._attend = attend
         try:
-            return self.model(
+            logits: Tensor = self.model(
                 input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=last
             ).logits
         finally:
             self._attend = None
+        self._passed()
+        return logits
 
     def _attention(
         self,

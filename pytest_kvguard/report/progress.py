@@ -5,10 +5,9 @@ from time import monotonic
 
 import pytest
 
-EVERY = 10.0  # seconds between two lines; work shorter than that says nothing
+from pytest_kvguard.progress import Hear, Progress
 
-Hear = Callable[[int, int], None]
-"""Answers done, answers in all."""
+EVERY = 10.0  # seconds between two lines; work shorter than that says nothing
 
 
 def reporter(config: pytest.Config) -> Callable[[str], Hear]:
@@ -22,13 +21,13 @@ def reporter(config: pytest.Config) -> Callable[[str], Hear]:
     def start(title: str) -> Hear:
         began = told = monotonic()
 
-        def hear(done: int, total: int) -> None:
+        def hear(progress: Progress) -> None:
             nonlocal told
             now = monotonic()
-            if terminal is None or done >= total or now - told < EVERY:
+            if terminal is None or progress.answers >= progress.of or now - told < EVERY:
                 return
             told = now
-            text = f"{title}: {describe(done, total, now - began)}"
+            text = f"{title}: {describe(progress, now - began)}"
             if capture is None:
                 terminal.write_line(text)
                 return
@@ -41,7 +40,15 @@ def reporter(config: pytest.Config) -> Callable[[str], Hear]:
     return start
 
 
-def describe(done: int, total: int, seconds: float) -> str:
-    """Say how far work is: ``120 of 600 answers, 20.0 a second, 24 s left``."""
-    rate = done / seconds
-    return f"{done} of {total} answers, {rate:.1f} a second, {(total - done) / rate:.0f} s left"
+def describe(progress: Progress, seconds: float) -> str:
+    """Say how far work is: ``120 of 600 answers, 1 cell done, 5,210 tokens a second, 24 s left``.
+
+    What is left is told once there is an answer to judge by.
+    """
+    cells = f"{progress.cells} cell{'' if progress.cells == 1 else 's'} done"
+    text = f"{progress.answers} of {progress.of} answers, {cells}, "
+    text += f"{progress.tokens / seconds:,.0f} tokens a second"
+    if progress.answers:
+        left = (progress.of - progress.answers) * seconds / progress.answers
+        text += f", {left:.0f} s left"
+    return text

@@ -1,5 +1,6 @@
 import pytest
 
+from pytest_kvguard.progress import Progress
 from pytest_kvguard.report.progress import describe
 
 SLOW = """
@@ -17,7 +18,9 @@ def test_long_work_says_how_far_it_is(suite, monkeypatch, capture):
     suite.pytester.makepyfile(SLOW)
     result = suite("--kv-memory=0.1MB", f"--capture={capture}")  # a few prompts at a time
     result.assert_outcomes(passed=2)
-    result.stdout.fnmatch_lines(["recall: 2 cells: * of 72 answers, * a second, * s left"])
+    result.stdout.fnmatch_lines(
+        ["recall: 2 cells: * of 72 answers, * cells done, * tokens a second, * s left"]
+    )
 
 
 def test_short_work_says_nothing(suite):
@@ -35,5 +38,11 @@ def test_nothing_is_said_where_there_is_no_terminal(suite, monkeypatch):
     assert result.stdout.str() == ""
 
 
-def test_the_rest_is_foretold_from_the_rate_so_far():
-    assert describe(120, 600, 6.0) == "120 of 600 answers, 20.0 a second, 24 s left"
+def test_the_rest_is_foretold_from_the_answers_so_far():
+    said = describe(Progress(answers=120, of=600, cells=1, tokens=31_260), 6.0)
+    assert said == "120 of 600 answers, 1 cell done, 5,210 tokens a second, 24 s left"
+
+
+def test_before_the_first_answer_nothing_is_foretold():
+    said = describe(Progress(answers=0, of=600, cells=0, tokens=900), 3.0)
+    assert said == "0 of 600 answers, 0 cells done, 300 tokens a second"
