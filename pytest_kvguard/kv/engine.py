@@ -22,12 +22,14 @@ from pytest_kvguard.kv.jobs import (
     Draft,
     HeldPrompt,
     Job,
+    Question,
     by_context,
     decoding_alike,
     fail,
     grown,
     kept_of,
     most_kept,
+    question,
     record,
     row_bytes,
 )
@@ -51,6 +53,7 @@ class Engine:
         self.memory = memory
         self._rotation: Rotation | None = None
         self._faithful = False
+        self._answered: dict[Question, list[int]] = {}  # what the full cache said, in tokens
 
     def run(
         self,
@@ -132,12 +135,20 @@ class Engine:
         yield wave, True
 
     def _baseline(self, wave: Sequence[HeldPrompt], grid: Grid, stopping: Stopping) -> None:
-        """Let the full cache answer a wave of prompts."""
+        """Let the full cache answer a wave of prompts; what it has answered before it repeats."""
         for batch in chunks(wave, lambda held: grown(held, stopping.most), self.memory // SHARE):
             started = perf_counter()
-            answers = [Answer() for _ in batch]
+            asked = [question(held.prompt, stopping) for held in batch]
+            answers = [Answer(list(self._answered.get(one, ()))) for one in asked]
             full = [held.full for held in batch]
-            greedy(self.seam, Rows(full), [h.prompt.tail for h in batch], answers, stopping)
+            fresh = [i for i, answer in enumerate(answers) if not answer.tokens]
+            if fresh:
+                rows = Rows([full[i] for i in fresh])
+                tails = [batch[i].prompt.tail for i in fresh]
+                greedy(self.seam, rows, tails, [answers[i] for i in fresh], stopping)
+            self._answered |= {
+                one: answer.tokens for one, answer in zip(asked, answers, strict=True)
+            }
             outcome = grid.baseline
             outcome.forwards += max(answer.forwards for answer in answers)
             for held, kept, answer in zip(batch, full, answers, strict=True):

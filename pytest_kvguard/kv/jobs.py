@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pytest_kvguard.kv.compress import Kept, keep, keep_all
-from pytest_kvguard.kv.decode import Answer
+from pytest_kvguard.kv.decode import Answer, Stopping
 from pytest_kvguard.kv.grid import Cell, Outcome, Prompt
 from pytest_kvguard.kv.prefill import Prefill
 from pytest_kvguard.kv.rope import Rotation
@@ -46,6 +46,15 @@ class Job:
     cell: int
     masks: list[Tensor]
     budgets: list[int]
+
+
+Question = tuple[tuple[int, ...], int, int, frozenset[int], tuple[str, ...]]
+"""All that the full cache's answer depends on, but for the model."""
+
+
+def question(prompt: Prompt, stopping: Stopping) -> Question:
+    """Return what tells two questions apart."""
+    return prompt.ids, prompt.fed, stopping.most, stopping.eos, stopping.strings
 
 
 def by_context(prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -1,9 +1,10 @@
 """Promises of the engine: shared work, equal answers however work is split, nothing left behind."""
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     DiffLlamaConfig,
     DiffLlamaForCausalLM,
@@ -14,7 +15,7 @@ from transformers import (
 )
 
 from pytest_kvguard.errors import Unsupported
-from pytest_kvguard.kv.compress import importances, keep, keep_masks
+from pytest_kvguard.kv.compress import importances, keep, keep_all, keep_masks
 from pytest_kvguard.kv.decode import Answer, Stopping, greedy
 from pytest_kvguard.kv.engine import Engine
 from pytest_kvguard.kv.evicting import Decoding, evicting
@@ -181,6 +182,56 @@ def test_a_new_ratio_costs_no_prefill_and_no_rating():
     assert one.prefills == many.prefills
     fed = [sum(o.tokens for o in grid.cells.values()) for grid in (one, many)]
     assert seam_many.tokens - seam_one.tokens <= (fed[1] - fed[0]) * 3  # padding at most
+
+
+def test_the_full_cache_answers_a_question_once_however_often_it_is_asked():
+    engine = Engine(Seam(family("llama")))
+    first = engine.run(prompts(), cells("snapkv"), STOPPING)
+    again = engine.run(prompts(), cells("snapkv"), STOPPING)
+    assert answers(again) == answers(first)
+    assert (first.baseline.forwards > 0, again.baseline.forwards) == (True, 0)
+    assert again.cells[0].forwards == first.cells[0].forwards
+    shorter = Stopping(3, *astuple(STOPPING)[1:])
+    for changed in ((prompts(ahead=True), STOPPING), (prompts(), shorter)):
+        other = engine.run(changed[0], [], changed[1])
+        assert other.baseline.forwards > 0
+        fresh = Engine(Seam(family("llama"))).run(changed[0], [], changed[1])
+        assert answers(other) == answers(fresh)
+
+
+def test_keys_and_values_are_copied_once_when_kept_and_once_into_their_row():
+    seam = Seam(family("llama"))
+    prompt, policy = prompts()[0], get_policy("snapkv")
+    with seam.open():
+        held = prefill(seam, prompt.ids, Observe(policy.window))
+    states = held.states(prompt.about, prompt.protection(policy, seam.device))
+    masks = keep_masks(policy, importances(policy, states), states, 0.5)
+    budgets = [policy.budget(state, 0.5) for state in states]
+    with Allocated(held.layers[0].keys.shape[-1]) as allocated, torch.inference_mode():
+        keep_all(held, prompt.fed)
+    assert allocated.bytes == 0
+    with Allocated(held.layers[0].keys.shape[-1]) as allocated, torch.inference_mode():
+        kept = keep(held, masks, budgets, prompt.fed)
+    assert allocated.bytes == kept.bytes > 0
+    with Allocated(held.layers[0].keys.shape[-1]) as allocated, torch.inference_mode():
+        Rows([kept] * 3)
+    assert allocated.bytes == 3 * kept.bytes
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of new tensors of numbers that end in the size of a head."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.bytes = size, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.is_floating_point() and out.dim():
+            new = out.untyped_storage().data_ptr() not in known
+            self.bytes += out.nbytes if new and out.shape[-1] == self.size else 0
+        return out
 
 
 def test_sharing_a_prefill_changes_no_number():
