@@ -32,7 +32,8 @@ Written by `python docs/make_policies.py` from the policies themselves: change t
 
 - **decides by**: what changes the selection when nothing else changes, tried on {LENGTH} tokens
 - **heads**: key/value heads of a layer keep the *same positions*; *own positions*, but as many;
-  or even an *own number* of them
+  or even an *own number*, which reports count head by head, though tensors are as long as the
+  fullest head's
 - **layers**: all keep the *same number*, deeper ones *fewer*, or neighbours the *same positions*
 - **while decoding**: which tokens may still be evicted then: *none*, *generated* ones or *any*
 - **costs**: what comes on top of the prefill that all policies share and the pass that reads a
