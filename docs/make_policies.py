@@ -74,12 +74,16 @@ CHANGES = {
     "importance": "what is kept",
     "budget": "what is kept",
     "select": "what is kept",
+    "stays": "what must stay",
     "reuse": "which layers select",
     "rerotate": "where keys stand",
     "decode": "what goes while decoding",
     "store": "how it is stored",
 }
 """What a modifier may replace, and the words for it."""
+
+NEEDED = {"whitelist": {"first": 4}}
+"""Parameters of modifiers that do nothing without."""
 
 Factory = Callable[..., Policy] | Callable[..., Modifier]
 
@@ -88,7 +92,7 @@ def page() -> str:
     """Return the page."""
     head = ("policy", "paper", "decides by", "heads", "layers", "while decoding", "costs")
     rows = [_row(name, make()) for name, make in POLICIES.items()]
-    modifiers = [_modifier(name, make()) for name, make in MODIFIERS.items()]
+    modifiers = [_modifier(name, make(**NEEDED.get(name, {}))) for name, make in MODIFIERS.items()]
     return "\n".join(
         [
             INTRODUCTION,
