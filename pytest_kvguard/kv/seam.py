@@ -154,7 +154,7 @@ def _output_projection(module: Any, heads: int) -> Tensor | None:
     """Return the weights that mix the heads' outputs, (Hq, D, M), where they can be told."""
     for name in OUTPUT_PROJECTIONS:
         if isinstance(linear := getattr(module, name, None), torch.nn.Linear):
-            return linear.weight.T.unflatten(0, (heads, -1))
+            return linear.weight.detach().T.unflatten(0, (heads, -1))
     return None
 
 
