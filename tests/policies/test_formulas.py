@@ -1,5 +1,7 @@
 """Every policy against slow loops written from its paper's formulas."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -120,6 +122,16 @@ def test_adapyramidkv_has_the_budgets_of_a_pyramid_and_heads_that_compete():
         expected = oracles.adakv(state, budget, window=4)
         mask = policy.keep(state, 13 / 60)
         assert [set(row.nonzero().flatten().tolist()) for row in mask] == expected
+
+
+def test_criticalkv_ranks_what_is_not_attended_to_by_its_effect_on_the_output():
+    policy = get_policy("criticalkv(window=2, first=0.0)")
+    state = a_state(40, seed=3)
+    peaked = replace(state, keys=state.keys * 40)  # next to nothing for most positions
+    for ratio in (0.2, 0.5, 0.8):
+        n = policy.budget(peaked, ratio)
+        expected = kept_by_oracle(oracles.criticalkv, peaked, n, window=2, first="0")
+        assert torch.equal(policy.keep(peaked, ratio), expected), ratio
 
 
 FASTGEN = [
