@@ -16,6 +16,7 @@ from pytest_kvguard.kv.compress import importances, keep_masks
 from pytest_kvguard.kv.prefill import About, Observe, prefill
 from pytest_kvguard.kv.rope import find_rotation
 from pytest_kvguard.kv.seam import Seam
+from pytest_kvguard.models import load
 from pytest_kvguard.policies import get_policy
 from pytest_kvguard.policies.base import LayerState, Policy
 from tests.tiny import VOCABULARY, family, llama
@@ -29,7 +30,7 @@ PROMPT = torch.randperm(VOCABULARY - 3, generator=torch.Generator().manual_seed(
 HALF, LESS = 0.5, 0.25
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "reasoner"])
 @pytest.mark.parametrize("ratio", [HALF, LESS])
 @pytest.mark.parametrize(
     ("spec", "press", "settings"),
@@ -48,7 +49,7 @@ HALF, LESS = 0.5, 0.25
     ids=str,
 )
 def test_a_policy_keeps_what_its_press_keeps(spec, press, settings, name, ratio):
-    model = family(name)
+    model = load("reasoner").model if name == "reasoner" else family(name)
     check_equal(model, spec, ratio, getattr(kvpress, press)(1 - ratio, **settings))
 
 
