@@ -29,6 +29,7 @@ INTRODUCTION = f"""\
 # Policies
 
 Written by `python docs/make_policies.py` from the policies themselves: change those, not this page.
+[kvpress.md](kvpress.md) says where kvpress keeps the same and where it does not.
 
 - **decides by**: what changes the selection when nothing else changes, tried on {LENGTH} tokens
 - **heads**: key/value heads of a layer keep the *same positions*; *own positions*, but as many;
