@@ -80,6 +80,7 @@ CHANGES = {
     "rerotate": "where keys stand",
     "decode": "what goes while decoding",
     "store": "how it is stored",
+    "read": "what is read",
 }
 """What a modifier may replace, and the words for it."""
 
@@ -138,6 +139,8 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def _looked_at(policy: Policy) -> str:
     """Name what changes the selection when it alone is changed."""
+    if policy.read is not None:
+        return "each query and the keys: what is read, all is kept"
     one, other = _prompt(seed=1), _prompt(seed=2)
     kept = _kept(policy, one)
     changed = [

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pytest_kvguard.errors import Refused
 from pytest_kvguard.policies.base import LayerState, Policy
-from pytest_kvguard.policies.budgets import share
+from pytest_kvguard.policies.budgets import share, whole_pages
 from pytest_kvguard.policies.units import must_stay, positions_of
 from pytest_kvguard.states import layer_states, ratios
 
@@ -96,7 +96,9 @@ class Trial:
 
     @cached_property
     def room(self) -> int:
-        """Positions the keep ratio allows, at least one."""
+        """Positions the keep ratio allows, at least one; all where it is no share of positions."""
+        if self.policy.saves != "positions":
+            return self.state.length
         return max(1, share(self.state.length, self.ratio))
 
 
@@ -113,6 +115,9 @@ def _importance_is_well_formed(trial: Trial) -> str:
 
 def _refuses_only_what_cannot_be(trial: Trial) -> str:
     if trial.mask is not None:
+        return ""
+    reading, length = trial.policy.read, trial.state.length
+    if reading and not whole_pages(length, trial.ratio, reading.page):
         return ""
     fixed = int(trial.fixed.sum())
     if fixed > trial.room:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.harness.encode import encode
@@ -146,6 +147,7 @@ class _Recorder:
                 for i, answer in sorted(outcome.answers.items())
             },
             held=_held(outcome),
+            read=fmean(outcome.read) if outcome.read else None,
             bytes_full=outcome.bytes_full,
             bytes_held=outcome.bytes_held,
             counts=Counts(self.grid.prefills, outcome.forwards, outcome.tokens),

@@ -69,8 +69,9 @@ class Run:
     protocol: Protocol
     scores: Mapping[str, float]  # by sample id, [0, 1]
     answers: Mapping[str, Answer] = field(default_factory=dict)  # by sample id
-    saves: str = "positions"  # what the keep ratio is a share of: positions or bytes
+    saves: str = "positions"  # what the keep ratio is a share of: positions, bytes or reads
     held: Held | None = None  # None: not measured
+    read: float | None = None  # positions read / held; None: all that is held is read
     bytes_full: int = (
         0  # of the positions' keys and values with the full cache, summed over samples
     )
@@ -110,6 +111,8 @@ class Run:
         """What is left of what the policy saves, as in ``24% held``."""
         if self.saves == "bytes":
             return f"{self.bytes_held / self.bytes_full:.0%} of the bytes held"
+        if self.saves == "reads" and self.read is not None:
+            return f"{self.read:.0%} read"
         return f"{self.held.mean:.0%} held" if self.held else "not measured"
 
     @property

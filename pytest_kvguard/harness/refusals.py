@@ -44,6 +44,8 @@ def _vacuities(kept: Run) -> Iterator[str]:
         yield "what the compressed run held was not measured"
     elif kept.saves == "bytes":
         yield from _idle_storage(kept)
+    elif kept.saves == "reads":
+        yield from _idle_reading(kept)
     else:
         yield from _idle_eviction(kept, kept.held)
 
@@ -72,4 +74,19 @@ def _idle_storage(kept: Run) -> Iterator[str]:
         yield (
             f"{share:.2%} of the full cache's bytes were held where {kept.ratio:.2%} was asked "
             f"for; ask for a ratio of {math.ceil(1000 * share) / 1000:g} or store in fewer bits"
+        )
+
+
+def _idle_reading(kept: Run) -> Iterator[str]:
+    if kept.read is None:
+        yield "what the compressed run read was not measured"
+    elif kept.read >= 1:
+        yield (
+            "everything that was held was read, so passing would prove nothing; "
+            "use longer prompts, a lower keep ratio or smaller pages"
+        )
+    elif kept.read > kept.ratio + ROUNDING:
+        yield (
+            f"{kept.read:.2%} of what was held was read where {kept.ratio:.2%} was asked for; "
+            f"let no layer read everything, or ask for a larger ratio"
         )

@@ -28,12 +28,15 @@ def grouped(query: Tensor, heads: int) -> Tensor:
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """Attend where ``mask`` allows.
 
-    query: (R, Hq, Q, D); keys, values: (R, Hkv, C, D); mask: (R, Hkv or 1, Q, C) -> (R, Hq, Q, D)
+    query: (R, Hq, Q, D); keys, values: (R, Hkv, C, D); mask: (R, Hq or Hkv or 1, Q, C)
+    -> (R, Hq, Q, D)
     """
     heads, groups = keys.shape[1], query.shape[1] // keys.shape[1]
     bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
     bias.masked_fill_(~mask, float("-inf"))  # CPU kernels take it half as long as a bool mask
-    if query.shape[-2] > 1:
+    if mask.shape[1] == query.shape[1]:
+        bias = grouped(bias, heads)
+    elif query.shape[-2] > 1:
         bias = bias.repeat(1, 1, groups, 1)  # queries are stacked group by group
     out = F.scaled_dot_product_attention(
         grouped(query, heads), keys, values, attn_mask=bias, scale=scaling

@@ -30,11 +30,13 @@ from pytest_kvguard.kv.jobs import (
     kept_of,
     most_kept,
     question,
+    pages_read,
     record,
     row_bytes,
 )
 from pytest_kvguard.kv.prefill import Observe, prefill
 from pytest_kvguard.kv.quantized import quantized
+from pytest_kvguard.kv.reading import read_shares, reading
 from pytest_kvguard.kv.rope import Rotation, find_rotation
 from pytest_kvguard.kv.rows import GrowingLayer, LayerFactory, Rows
 from pytest_kvguard.kv.seam import Seam
@@ -223,7 +225,7 @@ class Engine:
         rows = Rows(kept, make)
         sizes = rows.bytes
         logits = score_draft(self.seam, rows, tails, [job.draft.tokens for job in batch])
-        evicted = rows.evicted
+        evicted, read = rows.evicted, read_shares(list(rows.layers.values()))
         answers = [
             judge(own, job.draft.logits, job.draft.tokens, len(tail))
             for own, job, tail in zip(logits, batch, tails, strict=True)
@@ -248,6 +250,7 @@ class Engine:
             for i in mine:
                 held = batch[i].draft.held
                 record(grid.cells[cell], held, kept[i], answers[i], sizes[i])
+            grid.cells[cell].read += [] if read is None else [read[i] for i in mine]
             grid.cells[cell].evicted += sum(evicted[i] for i in mine)
 
     def _rotation_for(self, policy: Policy) -> Rotation | None:
@@ -264,6 +267,9 @@ class Engine:
         """Choose how the layers of a batch decode; all its rows decode alike."""
         cell = cells[batch[0].cell]
         store = cell.policy.store
+        if cell.policy.read:
+            pages = [pages_read(job, cells[job.cell]) for job in batch]
+            return reading(cell.policy.read, torch.tensor(pages, device=self.seam.device))
         if cell.decode is None:
             return quantized(store) if store else GrowingLayer
         slots = cell.decode.slots

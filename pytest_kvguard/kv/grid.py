@@ -82,6 +82,7 @@ class Outcome:
 
     answers: dict[int, Answer] = field(default_factory=dict)  # by the prompt's index
     held: list[Tensor] = field(default_factory=list)  # (layers, Hkv) fraction, one per prompt
+    read: list[float] = field(default_factory=list)  # of what was held, one per prompt
     bytes_full: int = 0  # keys and values of all prompts with the full cache
     bytes_held: int = 0  # the same, of what was held
     forwards: int = 0  # passes that carried at least one of this cell's rows

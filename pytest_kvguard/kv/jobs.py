@@ -9,8 +9,10 @@ from pytest_kvguard.kv.compress import Kept, keep, keep_all
 from pytest_kvguard.kv.decode import Answer, Stopping
 from pytest_kvguard.kv.grid import Cell, Outcome, Prompt
 from pytest_kvguard.kv.prefill import Prefill
+from pytest_kvguard.kv.reading import ALL
 from pytest_kvguard.kv.rope import Rotation
 from pytest_kvguard.kv.rows import GROWTH
+from pytest_kvguard.policies.budgets import whole_pages
 
 LOGIT_BYTES = 12  # a float32 logit, its log-softmax, and the reference's
 
@@ -70,7 +72,7 @@ def decoding_alike(cells: Sequence[Cell]) -> list[list[int]]:
     groups: dict[int, list[int]] = {}
     for index, cell in enumerate(cells):
         policy = cell.policy
-        key = id(policy) if cell.decode or policy.store else 0
+        key = id(policy) if cell.decode or policy.store or policy.read else 0
         groups.setdefault(key, []).append(index)
     return list(groups.values())
 
@@ -100,6 +102,14 @@ def most_kept(job: Job) -> int:
     All heads take the memory of the fullest.
     """
     return max(*job.budgets, *(int(mask.sum(dim=-1).max()) for mask in job.masks))
+
+
+def pages_read(job: Job, cell: Cell) -> int:
+    """Pages a query may read under a policy that reads in pages."""
+    how = cell.policy.read
+    if how is None or cell.ratio >= 1:
+        return ALL
+    return whole_pages(job.draft.held.prompt.compressed, cell.ratio, how.page)
 
 
 def kept_of(job: Job, rotation: Rotation | None) -> Kept:

@@ -18,6 +18,7 @@ from pytest_kvguard.policies.lagkv import lagkv
 from pytest_kvguard.policies.modifiers import MODIFIERS
 from pytest_kvguard.policies.observed_attention import observed_attention
 from pytest_kvguard.policies.pyramidkv import pyramidkv
+from pytest_kvguard.policies.quest import quest
 from pytest_kvguard.policies.random_baselines import random_shots, random_tokens
 from pytest_kvguard.policies.scope import scope
 from pytest_kvguard.policies.shotkv import shotkv
@@ -41,6 +42,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "lagkv": lagkv,
     "observed_attention": observed_attention,
     "pyramidkv": pyramidkv,
+    "quest": quest,
     "random_shots": random_shots,
     "random_tokens": random_tokens,
     "scope": scope,

@@ -1,6 +1,6 @@
 """Round to nearest on an even grid: small whole numbers with a scale and a zero point.
 
-Liu et al., 2024 (KIVI), section 3.1, eq. 1, https://arxiv.org/abs/2402.02750
+As in KIVI, Liu et al., 2024, https://arxiv.org/abs/2402.02750
 """
 
 from collections.abc import Sequence

@@ -161,8 +161,20 @@ class Storage:
         return (count - self.residual).clamp(min=0)
 
 
-Saves = Literal["positions", "bytes"]
-"""What a keep ratio is a share of: the positions of a prompt, or the bytes of its full cache."""
+@dataclass(frozen=True)
+class Reading:
+    """Which pages of neighbouring positions a query reads; everything stays held."""
+
+    page: int  # positions in a page
+    dense: int  # layers at the start that read everything
+    rate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """queries (R, Hq, Q, D), channel-wise min and max of each page's keys (R, Hkv, P, D)
+    -> (R, Hq, Q, P) float32; the higher are read."""
+
+
+Saves = Literal["positions", "bytes", "reads"]
+"""What a keep ratio is a share of: the positions of a prompt that are held, the bytes of its full
+cache, or the positions that are read."""
 
 
 @dataclass(frozen=True)
@@ -185,9 +197,15 @@ class Policy:
     decode_ratio: float | None = None  # keep ratio while decoding; None: the prefill's
     stays: Callable[[LayerState], Tensor] | None = None  # (T,) bool; what it protects by itself
     store: Storage | None = None  # None: as the model made it
+    read: Reading | None = None  # None: everything held is read
     saves: Saves = "positions"  # what the keep ratio is a share of
 
     def __post_init__(self) -> None:
+        if self.read and (self.store or self.decode):
+            raise InvalidArgument(
+                f"{self.name}: pages are read of a cache in which everything stays as it is; "
+                f"evict, store smaller or read less, one of them"
+            )
         if self.store and self.rerotate and self.decode:
             raise InvalidArgument(
                 f"{self.name}: keys that are stored as codes cannot be moved while decoding; "

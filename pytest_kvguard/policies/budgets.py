@@ -75,6 +75,30 @@ def fair_shares(n: int, sizes: Sequence[int], least: Sequence[int]) -> list[int]
     return shares
 
 
+def whole_pages(length: int, ratio: float, page: int) -> int:
+    """Return how many pages of ``page`` positions fit the share of a prompt that may be read."""
+    return share(length, ratio) // page
+
+
+def everything_in_pages(page: int) -> Budget:
+    """Return a budget that holds everything, of which the ratio's share is read in whole pages.
+
+    Raises Refused when not even one page may be read. At ratio 1 everything is read.
+    """
+    check_count("page", page)
+
+    def budget(state: LayerState, ratio: float) -> int:
+        if check_ratio(ratio) < 1 and not whole_pages(state.length, ratio, page):
+            room = share(state.length, ratio)
+            raise Refused(
+                f"keep ratio {ratio:g} of {state.length} positions is {room}, less than one page "
+                f"of {page}; use longer prompts, a larger ratio or smaller pages"
+            )
+        return state.length
+
+    return budget
+
+
 def pyramid(beta: int = 20, window: int = 32) -> Budget:
     """Return a budget that falls from the first layer to the last (PyramidKV, section 3.3).
 

@@ -1,6 +1,6 @@
 """fp8: store every key and value as an 8-bit float (E4M3), with a scale a token and head.
 
-Micikevicius et al., 2022, FP8 Formats for Deep Learning, section 3, https://arxiv.org/abs/2209.05433
+Micikevicius et al., 2022, FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433
 
 Differs from serving engines such as vLLM, whose scale is one number a tensor, 1 unless
 calibrated: here the largest channel of each token and head becomes the largest number there is.

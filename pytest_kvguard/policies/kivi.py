@@ -1,6 +1,6 @@
 """KIVI: store keys by channel and values by token, in a few bits each.
 
-Liu et al., 2024, sections 3.2 and 3.3, https://arxiv.org/abs/2402.02750
+Liu et al., 2024, algorithm 1, https://arxiv.org/abs/2402.02750
 
 keys        `group` neighbouring tokens share the scale and zero point of each channel; encoded
             `residual` at a time, as soon as there are so many

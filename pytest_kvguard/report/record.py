@@ -41,6 +41,7 @@ class Cell(TypedDict):
     mended: list[str]
     saves: str | None
     held: dict[str, float] | None
+    read: float | None
     bytes_full: int
     bytes_held: int
     verdict: str
@@ -80,6 +81,7 @@ def to_cell(comparison: "Comparison", *, model: str = "", spec: str | None = Non
         mended=list(c.mended),
         saves=kept.saves,
         held=dataclasses.asdict(c.held) if c.held else None,
+        read=kept.read,
         bytes_full=kept.bytes_full,
         bytes_held=kept.bytes_held,
         verdict=c.verdict,
@@ -119,6 +121,7 @@ def not_run(
         mended=[],
         saves=None,
         held=None,
+        read=None,
         bytes_full=base.bytes_full,
         bytes_held=0,
         verdict="refused",

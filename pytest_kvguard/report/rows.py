@@ -91,6 +91,8 @@ def _held(cell: Cell) -> str:
     """Return the share that was kept of what the policy saves."""
     if cell["saves"] == "bytes":
         return f"{cell['bytes_held'] / cell['bytes_full']:.0%} of bytes"
+    if cell["saves"] == "reads" and cell["read"] is not None:
+        return f"{cell['read']:.0%} read"
     return f"{cell['held']['mean']:.0%}" if cell["held"] else "?"
 
 

@@ -321,3 +321,14 @@ def test_a_storage_is_judged_by_its_bytes():
     over = stored(0.312).refusal
     assert "31.20% of the full cache's bytes were held where 25.00% was asked for" in over
     assert "a ratio of 0.312" in over
+
+
+def test_reading_less_is_judged_by_what_was_read():
+    def read(share, ratio=0.25):
+        return compare(after=kept(saves="reads", read=share, ratio=ratio, held=Held(1, 1, 1)))
+
+    assert read(0.24).refusal is None
+    assert "24% read: pass" in repr(read(0.24))
+    assert "was not measured" in read(None).refusal
+    assert "everything that was held was read" in read(1.0, ratio=1.0).refusal
+    assert "26.00% of what was held was read where 25.00% was asked for" in read(0.26).refusal

@@ -22,6 +22,7 @@ from pytest_kvguard.kv.evicting import Decoding, evicting
 from pytest_kvguard.kv.grid import Cell, Grid, Prompt
 from pytest_kvguard.kv.prefill import About, Observe, prefill
 from pytest_kvguard.kv.quantized import quantized
+from pytest_kvguard.kv.reading import reading
 from pytest_kvguard.kv.rows import GrowingLayer, Rows
 from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.policies import POLICIES, get_policy
@@ -153,6 +154,9 @@ def without_draft(cell: Cell, prompt: Prompt) -> list[int]:
             ratio = torch.tensor([cell.decode_ratio], dtype=torch.float64)
             decoding = Decoding(cell.decode, ratio, length, length, slots=99)
         make = GrowingLayer if decoding is None else evicting(decoding)
+        if cell.policy.read is not None:
+            pages = int(len(prompt.ids) * cell.ratio) // cell.policy.read.page
+            make = reading(cell.policy.read, torch.tensor([pages]))
         if cell.policy.store is not None:
             make = quantized(cell.policy.store, decoding)
         greedy(seam, Rows([kept], make), [prompt.tail], [answer], STOPPING)

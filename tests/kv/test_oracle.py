@@ -37,7 +37,7 @@ SMALL = {
     "lagkv": "(sinks=2, lag=5)",
     "vatp": "(sinks=2)",
 }
-POLICY_NAMES = sorted(POLICIES)
+POLICY_NAMES = sorted(n for n in POLICIES if get_policy(n).saves == "positions")
 
 
 def policy_of(name: str) -> Policy:

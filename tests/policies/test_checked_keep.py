@@ -30,7 +30,7 @@ def rows(*counts):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_what_a_sound_policy_keeps_goes_through(name):
-    policy = get_policy(name)
+    policy = get_policy("quest(page=5)" if name == "quest" else name)  # pages must fit
     assert torch.equal(checked(policy), policy.keep(STATE, 0.5))
 
 

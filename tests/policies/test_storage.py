@@ -30,7 +30,7 @@ def in_type(number: float, dtype: torch.dtype) -> float:
 
 
 def round_trip(numbers: list[float], bits: int, dtype: torch.dtype) -> list[float]:
-    """KIVI, eq. 1: what a group is restored to."""
+    """As KIVI rounds: what a group is restored to."""
     most = 2**bits - 1
     zero = in_type(min(numbers), dtype)
     scale = in_type((max(numbers) - min(numbers)) / most, dtype)

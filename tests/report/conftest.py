@@ -20,6 +20,7 @@ CELL = {
     "mended": [],
     "saves": "positions",
     "held": {"min": 0.2, "mean": 0.24, "max": 0.25},
+    "read": None,
     "bytes_full": 80,
     "bytes_held": 20,
     "verdict": "pass",

@@ -80,6 +80,7 @@ def test_a_cell_says_what_the_comparison_says():
         "mended": [],
         "saves": "positions",
         "held": {"min": 0.2, "mean": 0.24, "max": 0.25},
+        "read": None,
         "bytes_full": 800,
         "bytes_held": 200,
         "verdict": "inconclusive",
