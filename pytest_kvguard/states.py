@@ -1,4 +1,4 @@
-"""Hypothesis strategies: what a layer may hold when its prefill has finished."""
+"""Hypothesis strategies: what a layer may hold after its prefill, and while decoding."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pytest_kvguard.policies.base import LayerState, Passage, Unit
+from pytest_kvguard.policies.base import EMPTY, DecodeState, LayerState, Passage, Unit
 
 TEXTURES: dict[str, Callable[[Tensor], Tensor]] = {
     "even": lambda drawn: drawn,
@@ -58,6 +58,51 @@ def layer_states(
         special=torch.arange(length) == draw(st.integers(-1, length - 1)),
         punctuation=torch.rand(length, generator=generator) < 0.2,
     )
+
+
+@st.composite
+def decode_states(draw: st.DrawFn, *, sums: bool = True, max_slots: int = 10) -> DecodeState:
+    """Draw rows right after a token of the prompt or of the answer was attended.
+
+    Slots are in no order, other ones in each head, and some are free, with sums left over from
+    what they held; heads hold the same positions or their own; attention has ties or none.
+    ``sums``: as for a policy that accumulates.
+    """
+    rows, heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    texture = TEXTURES[draw(st.sampled_from(list(TEXTURES)))]
+    alike, slots = draw(st.booleans()), draw(st.integers(1, max_slots))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    prompt = torch.randint(1, 9, (rows,), generator=generator)
+    newest = prompt - 1 + torch.randint(0, 10, (rows,), generator=generator)
+    positions = _slots(newest, heads, slots, alike, generator)
+    seen = positions.repeat_interleave(group, dim=1)  # (R, Hq, C)
+    logits = texture(torch.randn(rows, heads * group, int(newest.max()) + 1, generator=generator))
+    weights = logits.gather(2, seen.clamp(min=0)).masked_fill(seen == EMPTY, float("-inf"))
+    paid = torch.randint(0, draw(st.sampled_from([1, 3, 99])), positions.shape, generator=generator)
+    return DecodeState(
+        weights=weights.softmax(dim=-1),
+        sums=paid.float() if sums else None,
+        positions=positions,
+        newest=newest,
+        prompt_length=prompt,
+        budget=torch.randint(1, 9, (rows,), generator=generator),
+        ratio=torch.tensor([draw(ratios()) for _ in range(rows)], dtype=torch.float64),
+    )
+
+
+def _slots(
+    newest: Tensor, heads: int, slots: int, alike: bool, generator: torch.Generator
+) -> Tensor:
+    """Return positions (R, heads, slots): some of those up to the newest, which is one of them."""
+    rows, length = len(newest), int(newest.max()) + 1
+    order = torch.rand(rows, 1 if alike else heads, length, generator=generator)
+    to_come = torch.arange(length) - newest[:, None, None]  # (R, 1, length)
+    order = order.masked_fill(to_come == 0, -1).masked_fill(to_come > 0, 2).argsort(dim=-1)
+    held = torch.randint(1, slots + 1, order.shape[:2], generator=generator)[..., None]
+    gone = (torch.arange(length) >= held) | (order > newest[:, None, None])
+    kept = order.masked_fill(gone, EMPTY)[..., :slots].expand(-1, heads, -1)
+    kept = torch.cat([kept, torch.full((rows, heads, slots), EMPTY)], dim=-1)[..., :slots]
+    return kept.gather(-1, torch.rand(rows, heads, slots, generator=generator).argsort(dim=-1))
 
 
 def _turn(keys: Tensor, by: Tensor) -> Tensor:

@@ -86,8 +86,9 @@ class DecodeState:
     Slots are in no particular order; ``positions`` says what each holds.
     """
 
-    weights: Tensor  # (R, Hq, C) float32 attention of the newest query; 0 at empty slots
-    sums: Tensor | None  # (R, Hkv, C) float32, prefill sums plus every step's, if accumulated
+    weights: Tensor  # (R, Hq, C) float32 attention of the newest query; 0 where it saw nothing
+    sums: Tensor | None  # (R, Hkv, C) float32, prefill sums plus every step's, if accumulated;
+    # at empty slots what is left of tokens that went
     positions: Tensor  # (R, Hkv, C) original position of each slot, EMPTY where free
     newest: Tensor  # (R,) original position of the token just attended
     prompt_length: Tensor  # (R,) tokens of the prompt; generated positions are >= this

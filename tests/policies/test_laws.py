@@ -7,10 +7,11 @@ import torch
 
 from pytest_kvguard.errors import Refused
 from pytest_kvguard.laws import LAWS, check_policy
-from pytest_kvguard.policies import POLICIES, get_policy
-from pytest_kvguard.policies.base import Policy
+from pytest_kvguard.policies import POLICIES, evict, get_policy
+from pytest_kvguard.policies.base import EMPTY, Policy
+from pytest_kvguard.policies.evict import evictable, victims
 
-KNORM, SHOTS = get_policy("knorm"), get_policy("shotkv")
+KNORM, SHOTS, TOVA = get_policy("knorm"), get_policy("shotkv"), get_policy("tova")
 
 
 @pytest.mark.parametrize(
@@ -37,10 +38,17 @@ KNORM, SHOTS = get_policy("knorm"), get_policy("shotkv")
         "streaming_llm(sinks=0, positions=cache)",
         "vatp(heavy=1.0, sinks=2)",
         "vatp(heavy=0.0, sinks=0)",
+        "scope(window=3, recent=2)",
+        "scope(strategy=adaptive, window=4, recent=1, every=2)",
+        "scope(strategy=discontinuous, window=4, recent=1, every=3)",
+        "snapkv+tova",
+        "snapkv+h2o@0.5",
+        "shotkv+h2o",
+        "random_shots+streaming_llm@0.3",
     ],
 )
 def test_every_policy_obeys_every_law(spec):
-    check_policy(get_policy(spec))
+    check_policy(get_policy(spec), max_examples=50 if spec in POLICIES else 25)
 
 
 def selecting(base: Policy, select) -> Policy:
@@ -109,6 +117,41 @@ def empties_a_head(mask, state):
     return mask & (torch.arange(len(mask)) != len(mask) - 1)[:, None]
 
 
+def sees_the_future(state):
+    """The attention of the last queries without a causal mask."""
+    keys = state.keys.repeat_interleave(len(state.queries) // len(state.keys), dim=0)
+    logits = state.queries.float() @ keys.float().mT * state.scaling  # (Hq, W, T)
+    return logits.softmax(dim=-1).unflatten(0, (len(state.keys), -1)).sum(dim=(1, 2))
+
+
+def evicting(base: Policy = TOVA, **changes) -> Policy:
+    """The same policy with something else about how it evicts."""
+    return replace(base, name="planted", decode=replace(base.decode, **changes))
+
+
+class RemembersTheStepBefore:
+    """It goes by how far the step it saw last time had come."""
+
+    def __init__(self):
+        self.seen = None
+
+    def __call__(self, state):
+        before, self.seen = self.seen, state
+        if before is None or before.positions.shape != state.positions.shape:
+            before = state
+        return (before.newest - before.prompt_length) // 2
+
+
+def empties_what_it_was_given(state):
+    importance = TOVA.decode.importance(state)
+    state.weights.zero_()
+    return importance
+
+
+def goes_by_slot(state):
+    return torch.arange(state.positions.shape[-1]).float().expand(state.positions.shape)
+
+
 FAULTS = {
     "units stay whole": selecting(SHOTS, splits_a_unit),
     "budgets within the ratio": replace(KNORM, budget=one_more),
@@ -127,19 +170,100 @@ FAULTS = {
     "ratio 1 keeps all": selecting(
         KNORM, lambda mask, state: mask & ((torch.arange(state.length) != 5) | state.protected)
     ),
+    "no query sees what comes after it": replace(rating(sees_the_future), window=4),
+    "importance while decoding is (R, Hkv, C) float32, never nan": evicting(
+        importance=lambda state: state.weights.mean(dim=1)
+    ),
+    "candidates are (R, Hkv, C) bool": evicting(candidates=lambda state: state.weights[:, :1] < 1),
+    "allowed is (R,) or (R, Hkv), in whole numbers": evicting(
+        allowed=lambda state: state.budget * state.ratio
+    ),
+    "slots have no order": evicting(importance=goes_by_slot),
+    "free slots change nothing": evicting(
+        SHOTS,
+        allowed=lambda state: torch.full_like(state.newest, state.positions.shape[-1] // 2),
+    ),
+    "rows do not see each other": evicting(
+        SHOTS,
+        allowed=lambda state: state.budget.max().expand_as(state.budget) - 1,
+    ),
+    "a prompt of whole units stays": evicting(SHOTS, candidates=lambda state: state.held),
+    "step unchanged": evicting(importance=empties_what_it_was_given),
+    "random state unchanged while decoding": evicting(
+        importance=lambda state: torch.rand(state.positions.shape).sort()[0] + goes_by_slot(state)
+    ),
+    "same step, same choice": evicting(SHOTS, allowed=RemembersTheStepBefore()),
+    "the next token has a slot": evicting(allowed=lambda state: TOVA.decode.allowed(state) + 1),
+    "no more candidates than allowed": evicting(
+        get_policy("scope(strategy=discontinuous, window=4, recent=1, every=3)"), burst=1
+    ),
 }
+"""For each law a policy that breaks it."""
+
+
+def frees_the_newest(eviction, state):
+    return (state.positions == state.newest[:, None, None]).int().argmax(dim=-1)
+
+
+def frees_free_slots(eviction, state):
+    free = (state.positions == EMPTY).int()
+    return torch.where(free.any(dim=-1), free.argmax(dim=-1), victims(eviction, state))
+
+
+def frees_the_earliest_of_equals(eviction, state):
+    turned = replace(state, positions=torch.where(state.held, 9999 - state.positions, EMPTY))
+    plain = replace(
+        eviction,
+        importance=lambda _: eviction.importance(state),
+        candidates=lambda _: evictable(eviction.candidates(state), state),
+        allowed=lambda _: eviction.allowed(state),
+    )
+    return victims(plain, turned)
+
+
+ENGINES = {
+    "the newest token stays": frees_the_newest,
+    "only held candidates go": frees_free_slots,
+    "of candidates, the least important, of equals the latest": frees_the_earliest_of_equals,
+}
+"""For each law that `victims` keeps for every policy, one that breaks it."""
 
 
 def test_there_is_a_fault_for_every_law():
-    assert FAULTS.keys() == LAWS.keys()
+    assert FAULTS.keys() | ENGINES.keys() == LAWS.keys()
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", FAULTS)
 def test_a_broken_law_is_named_in_the_first_line(law):
+    assert_named(law, FAULTS[law])
+
+
+@pytest.mark.parametrize("law", ENGINES)
+def test_a_law_that_is_kept_for_every_policy_is_tried_all_the_same(law, monkeypatch):
+    monkeypatch.setattr(evict, "victims", ENGINES[law])
+    assert_named(law, TOVA)
+
+
+def assert_named(law, policy):
     with pytest.raises(AssertionError) as broken:
-        check_policy(FAULTS[law])
+        check_policy(policy)
     first = str(broken.value).splitlines()[0]
     assert first.startswith(f"law {law!r} broken: ")
+
+
+@pytest.mark.parametrize("importance", ["keys", "values", "sums"])
+def test_what_does_not_ask_queries_may_rate_every_position_by_every_other(importance):
+    """As KeyDiff does, whose rating of a key depends on the mean of all keys."""
+
+    def far_from_the_mean(state):
+        looked_at = {
+            "keys": state.keys,
+            "values": state.values,
+            "sums": state.attention_sums.unflatten(0, (len(state.keys), -1)).mT,
+        }[importance].float()
+        return (looked_at - looked_at.mean(dim=1, keepdim=True)).norm(dim=-1)
+
+    check_policy(replace(rating(far_from_the_mean), needs_sums=importance == "sums"))
 
 
 def test_a_policy_that_answers_differently_each_time_is_told_so():

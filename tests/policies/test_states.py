@@ -3,8 +3,10 @@
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, find, given, settings
+from hypothesis.errors import NoSuchExample
 
-from pytest_kvguard.laws import layer_states, ratios
+from pytest_kvguard.laws import decode_states, layer_states, ratios
+from pytest_kvguard.policies.base import EMPTY
 from tests.policies import oracles
 
 SEARCH = settings(
@@ -60,6 +62,56 @@ def test_a_drawn_state_keeps_the_contract_of_states(state):
 def test_drawn_sums_are_those_of_causal_attention(state):
     expected = torch.tensor(oracles.attention(state)).sum(dim=1)
     torch.testing.assert_close(state.attention_sums, expected.float())
+
+
+MET_WHILE_DECODING = {
+    "a free slot": lambda s: not s.held.all(),
+    "no free slot": lambda s: bool(s.held.all()) and s.positions.shape[-1] > 2,
+    "a single slot": lambda s: s.positions.shape[-1] == 1,
+    "the last token of the prompt, fed again": lambda s: bool((s.newest < s.prompt_length).any()),
+    "both prompt and answer": lambda s: bool(
+        s.generated[0, 0].any() and (s.held & ~s.generated)[0, 0].any()
+    ),
+    "heads that hold the same in other slots": lambda s: (
+        s.positions.shape[1] == 2
+        and s.positions.shape[2] > 3
+        and torch.equal(s.positions[:, 0].sort()[0], s.positions[:, 1].sort()[0])
+        and not torch.equal(s.positions[:, 0], s.positions[:, 1])
+    ),
+    "heads that hold different positions": lambda s: (
+        s.positions.shape[1] == 2
+        and not torch.equal(s.positions[:, 0].sort()[0], s.positions[:, 1].sort()[0])
+    ),
+    "nothing but equal weights": lambda s: (
+        int(s.held[0, 0].sum()) > 3 and len(s.weights[0, 0].unique()) <= 2
+    ),
+    "sums left over in a free slot": lambda s: bool((s.sums[~s.held] > 0).any()),
+    "rows of different lengths": lambda s: len(s.newest.unique()) == 3,
+}
+
+
+@pytest.mark.parametrize("what", MET_WHILE_DECODING)
+def test_every_boundary_is_met_while_decoding(what):
+    find(decode_states(), MET_WHILE_DECODING[what], settings=SEARCH)
+
+
+@given(state=decode_states())
+@settings(max_examples=60, deadline=None)
+def test_a_drawn_step_keeps_the_contract_of_steps(state):
+    newest = state.newest[:, None, None]
+    assert ((state.positions == newest).sum(dim=-1) == 1).all()
+    assert ((state.positions >= EMPTY) & (state.positions <= newest)).all()
+    for slots in state.positions.flatten(0, 1).tolist():
+        held = [position for position in slots if position != EMPTY]
+        assert len(held) == len(set(held))
+    group = state.weights.shape[1] // state.positions.shape[1]
+    assert not state.weights[~state.held.repeat_interleave(group, dim=1)].any()
+    torch.testing.assert_close(state.weights.sum(-1), torch.ones(state.weights.shape[:2]))
+
+
+def test_sums_are_drawn_only_for_a_policy_that_accumulates():
+    with pytest.raises(NoSuchExample):
+        find(decode_states(sums=False), lambda s: s.sums is not None, settings=SEARCH)
 
 
 @given(ratio=ratios())

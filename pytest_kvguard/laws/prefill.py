@@ -1,60 +1,18 @@
-"""The laws every policy obeys, and states to try them on.
+"""The laws of what a policy keeps of a prompt."""
 
-Put your own policy through them in one line: ``check_policy(my_policy)``.
-"""
-
-import copy
-import pickle
-import random
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numpy as np
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis.errors import Flaky
+import torch.nn.functional as F
 from torch import Tensor
 
 from pytest_kvguard.errors import Refused
+from pytest_kvguard.laws.traces import changed, copied, draws
 from pytest_kvguard.policies.base import LayerState, Policy
 from pytest_kvguard.policies.budgets import share, whole_pages
 from pytest_kvguard.policies.units import must_stay, positions_of
-from pytest_kvguard.states import layer_states, ratios
-
-__all__ = ["LAWS", "check_policy", "layer_states", "ratios"]
-
-
-def check_policy(policy: Policy, *, max_examples: int = 50) -> None:
-    """Try every law on a policy; the same states each time.
-
-    Raises AssertionError whose first line names the law broken and how; the smallest state that
-    breaks it is added as a note. What the policy itself raises, other than Refused, goes through.
-    """
-    states = layer_states(window=policy.window, min_units=int(policy.keeps_units))
-    broken: list[AssertionError] = []
-
-    @settings(
-        max_examples=max_examples,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        report_multiple_bugs=False,
-        phases=[Phase.generate, Phase.shrink],  # to explain takes longer than to find
-        suppress_health_check=[HealthCheck.too_slow],
-    )
-    @given(state=states, other=states, ratio=ratios())
-    def obey(state: LayerState, other: LayerState, ratio: float) -> None:
-        for name, law in LAWS.items():  # each with states that no other trial has changed
-            problem = law(Trial(policy, copy.deepcopy(state), copy.deepcopy(other), ratio))
-            if problem:
-                broken.append(AssertionError(f"law {name!r} broken: {policy.name} {problem}"))
-                raise broken[-1]
-
-    try:
-        obey()
-    except Flaky:  # a policy that answers differently each time does so while shrinking too
-        raise broken[-1] from None
 
 
 @dataclass(frozen=True)
@@ -101,6 +59,9 @@ class Trial:
             return self.state.length
         return max(1, share(self.state.length, self.ratio))
 
+
+BELOVED = 16.0
+"""The length of a key that gets nearly all attention it can."""
 
 Law = Callable[[Trial], str]
 """How a trial breaks the law, to follow the policy's name; "" if it does not."""
@@ -198,28 +159,13 @@ def _of_equals_the_earlier(trial: Trial) -> str:
 
 
 def _input_unchanged(trial: Trial) -> str:
-    before = copy.deepcopy(trial.state)
+    before = copied(trial.state)
     trial.choose(trial.state)
-    for field in fields(before):
-        now, then = getattr(trial.state, field.name), getattr(before, field.name)
-        if not (torch.equal(now, then) if isinstance(then, Tensor) else now == then):
-            return f"changed the {field.name}"
-    return ""
+    return changed(before, trial.state)
 
 
 def _random_state_unchanged(trial: Trial) -> str:
-    before = _random_states()
-    trial.choose(trial.state)
-    changed = [name for name, now in _random_states().items() if now != before[name]]
-    return f"drew from the random state of {changed[0]}" if changed else ""
-
-
-def _random_states() -> dict[str, object]:
-    return {
-        "torch": torch.get_rng_state().numpy().tobytes(),
-        "numpy": pickle.dumps(np.random.get_state()),
-        "random": random.getstate(),
-    }
+    return draws(lambda: trial.choose(trial.state))
 
 
 def _same_state_same_selection(trial: Trial) -> str:
@@ -232,12 +178,37 @@ def _same_state_same_selection(trial: Trial) -> str:
     return "" if torch.equal(first, again) else "chose otherwise after another prompt"
 
 
+def _no_query_sees_what_comes_after_it(trial: Trial) -> str:
+    """Let the last query see nothing, so that no one may notice what its key is like.
+
+    Exempt is what queries do not change: how keys or values lie to each other may rate every
+    position by every other, since the tokens to come see them all. So is a policy that turns
+    queries to positions to come (`needs_turn`), where they see the whole prompt.
+    """
+    state, importance = trial.state, trial.policy.importance
+    if state.queries.shape[1] < 2 or trial.policy.needs_turn:
+        return ""
+    turned_round = replace(state, queries=-state.queries)
+    if torch.equal(importance(state), importance(turned_round)):
+        return ""
+    queries, loved = state.queries.clone(), state.keys.clone()
+    queries[:, -1] = 0
+    earlier = queries[:, :-1].unflatten(0, (len(loved), -1)).float().sum(dim=(1, 2))  # (Hkv, D)
+    loved[:, -1] = (BELOVED * F.normalize(earlier, dim=-1)).to(loved.dtype)
+    plain = loved.clone()
+    plain[:, -1] = 0
+    rated = [importance(replace(state, queries=queries, keys=keys)) for keys in (loved, plain)]
+    one, other = (each[:, :-1] for each in rated)
+    moved = ~torch.isclose(one, other, rtol=1e-3, atol=1e-6)
+    return f"rated {int(moved.sum())} positions by a key they cannot see" if moved.any() else ""
+
+
 def _backwards(state: LayerState) -> LayerState:
     """Return a prompt of the same shape, for a policy that tells prompts apart by theirs."""
     return replace(state, keys=state.keys.flip(-2), queries=-state.queries)
 
 
-LAWS: dict[str, Law] = {
+PREFILL_LAWS: dict[str, Law] = {
     "importance is (Hkv, T) float32, never nan": _importance_is_well_formed,
     "refused only when the budget cannot hold what must stay": _refuses_only_what_cannot_be,
     "budgets within the ratio": _budgets_within_the_ratio,
@@ -251,5 +222,6 @@ LAWS: dict[str, Law] = {
     "input unchanged": _input_unchanged,
     "random state unchanged": _random_state_unchanged,
     "same state, same selection": _same_state_same_selection,
+    "no query sees what comes after it": _no_query_sees_what_comes_after_it,
 }
-"""Every law by name, in the order they are tried."""
+"""By name, in the order they are tried."""
