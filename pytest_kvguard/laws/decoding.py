@@ -171,9 +171,9 @@ def _random_state_unchanged(trial: DecodeTrial) -> str:
 
 def _same_step_same_choice(trial: DecodeTrial) -> str:
     first = trial.frees(trial.state)
-    for _ in range(3):
-        trial.frees(trial.other)
-        trial.frees(replace(trial.state, weights=trial.state.weights.flip(1)))
+    flipped = replace(trial.state, weights=trial.state.weights.flip(1))
+    for other in (trial.other, flipped, trial.other, flipped):
+        trial.frees(other)
         if not torch.equal(first, trial.frees(trial.state)):
             return "chose otherwise after another step"
     return ""
