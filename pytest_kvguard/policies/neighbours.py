@@ -1,4 +1,4 @@
-"""Modifiers of where keys lie and of which layers choose: cache positions, shared selections.
+"""Cache positions and shared selections: where keys stand, and which layers choose.
 
 Cache positions: Xiao et al., 2023 (StreamingLLM), https://arxiv.org/abs/2309.17453
 Shared selections: Liu et al., 2025 (ChunkKV), https://arxiv.org/abs/2502.00299

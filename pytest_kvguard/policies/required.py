@@ -24,8 +24,9 @@ KINDS = ("system", "instruction", "shot", "document", "question", "template")
 def whitelist(kinds: str = "", first: int = 0, last: int = 0) -> Modifier:
     """Keep all parts of some ``kinds``, and the ``first`` and ``last`` positions of the prompt.
 
-    kinds: separated by spaces, any of KINDS; a prompt without such a part is treated as without
-    the whitelist. The budget refuses what it cannot hold.
+    kinds: any of system, instruction, shot, document, question and template, separated by spaces;
+    a prompt without such a part is treated as without the whitelist. The budget refuses what it
+    cannot hold.
     """
     wanted = [check_choice("kinds", kind, KINDS) for kind in kinds.split()]
     check_count("first", first, least=0)
