@@ -31,6 +31,8 @@ INTRODUCTION = f"""\
 Written by `python docs/make_policies.py` from the policies themselves: change those, not this page.
 [kvpress.md](kvpress.md) says where kvpress keeps the same and where it does not.
 
+- **saves**: what the keep ratio is a share of: *positions*, of which keys and values are freed, or
+  *reads* of a cache that stays whole
 - **decides by**: what changes the selection when nothing else changes, tried on {LENGTH} tokens
 - **heads**: key/value heads of a layer keep the *same positions*; *own positions*, but as many;
   or even an *own number*, which reports count head by head, though tensors are as long as the
@@ -92,7 +94,7 @@ Factory = Callable[..., Policy] | Callable[..., Modifier]
 
 def page() -> str:
     """Return the page."""
-    head = ("policy", "paper", "decides by", "heads", "layers", "while decoding", "costs")
+    head = ("policy", "paper", "saves", "decides by", "heads", "layers", "while decoding", "costs")
     rows = [_row(name, make()) for name, make in POLICIES.items()]
     modifiers = [_modifier(name, make(**NEEDED.get(name, {}))) for name, make in MODIFIERS.items()]
     return "\n".join(
@@ -112,6 +114,7 @@ def _row(name: str, policy: Policy) -> tuple[str, ...]:
     return (
         _link(name, POLICIES[name]),
         _paper(POLICIES[name]),
+        policy.saves,
         _looked_at(policy),
         _heads(policy),
         _layers(policy),
@@ -140,7 +143,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def _looked_at(policy: Policy) -> str:
     """Name what changes the selection when it alone is changed."""
     if policy.read is not None:
-        return "each query and the keys: what is read, all is kept"
+        return "each query, keys"
     one, other = _prompt(seed=1), _prompt(seed=2)
     kept = _kept(policy, one)
     changed = [
@@ -158,6 +161,8 @@ def _queries(policy: Policy) -> str:
 
 
 def _heads(policy: Policy) -> str:
+    if policy.read is not None:
+        return "keep all"
     if policy.shares_heads:
         return "own number"
     masks = [policy.keep(state, ratio) for state in _prompt(seed=1) for ratio in RATIOS]
@@ -165,6 +170,8 @@ def _heads(policy: Policy) -> str:
 
 
 def _layers(policy: Policy) -> str:
+    if policy.read is not None:
+        return "keep all"
     budgets = [policy.budget(state, RATIOS[0]) for state in _prompt(seed=1)]
     if budgets != sorted(budgets, reverse=True):
         raise AssertionError(f"no word for the budgets {budgets} of {policy.name}")

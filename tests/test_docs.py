@@ -12,6 +12,7 @@ from pytest_kvguard.policies.h2o import h2o
 from pytest_kvguard.policies.kivi import kivi
 from pytest_kvguard.policies.modifiers import MODIFIERS
 from pytest_kvguard.policies.pyramidkv import pyramidkv
+from pytest_kvguard.policies.quest import quest
 from pytest_kvguard.policies.selectors import top_tokens
 from pytest_kvguard.policies.shotkv import shotkv
 from pytest_kvguard.policies.snapkv import snapkv
@@ -51,6 +52,7 @@ def test_what_decides_is_found_by_trying(write):
 
 def test_the_words_of_the_table_are_those_of_the_papers(write):
     assert write["_looked_at"](snapkv(window=7)) == "last 7 queries, keys"
+    assert write["_looked_at"](quest()) == "each query, keys"
     assert write["_heads"](snapkv()) == "own positions"
     assert write["_heads"](shotkv()) == "same positions"
     assert write["_layers"](pyramidkv()) == "fewer in deeper ones"
