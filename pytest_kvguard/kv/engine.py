@@ -29,8 +29,8 @@ from pytest_kvguard.kv.jobs import (
     grown,
     kept_of,
     most_kept,
-    question,
     pages_read,
+    question,
     record,
     row_bytes,
 )

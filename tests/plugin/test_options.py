@@ -70,6 +70,29 @@ def test_lists_are_separated_by_commas_or_repeated_and_said_twice_count_once(sui
     ]
 
 
+def test_policies_are_put_together_on_the_command_line_in_the_ini_file_and_in_markers(suite):
+    suite.pytester.makepyfile(MARKED.replace('"shotkv"', '["shotkv+h2o@0.5", "tova|kivi(bits=4)"]'))
+    marked = ["test_recall[shotkv+h2o@0.5-0.5]", "test_recall[tova|kivi(bits=4)-0.5]"]
+    assert items(suite(*NAMES)) == marked
+    suite.pytester.makeini("[pytest]\nkv_policy = snapkv(window=4)+tova, shotkv+scope|rerotated\n")
+    from_ini = ["test_recall[snapkv(window=4)+tova-0.5]", "test_recall[shotkv+scope|rerotated-0.5]"]
+    assert items(suite(*NAMES)) == from_ini
+    given = "--kv-policy=shotkv + h2o @ .25,kivi(bits=4)"
+    assert items(suite(*NAMES, given)) == [
+        "test_recall[shotkv+h2o@0.25-0.5]",
+        "test_recall[kivi(bits=4)-0.5]",
+    ]
+
+
+def test_a_policy_put_together_is_measured_and_reported_as_it_was_typed(suite):
+    suite.pytester.makepyfile(MARKED)
+    (cell,) = suite.cells("--kv-policy=shotkv(window=4)+h2o(heavy=0.25)@0.5")
+    assert cell["spec"] == "shotkv(window=4)+h2o(heavy=0.25)@0.5"
+    assert cell["policy"] == "shotkv+h2o"
+    assert cell["params"]["decode_heavy"] == 0.25
+    assert cell["params"]["decode_ratio"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -81,6 +104,8 @@ def test_lists_are_separated_by_commas_or_repeated_and_said_twice_count_once(sui
         ("--ratio=", "--ratio: expected at least one RATIO, got ''"),
         ("--kv-policy=,", "--kv-policy: expected at least one POLICY, got ','"),
         ("--kv-policy=snap-kv", "--kv-policy: cannot read 'snap-kv'; write name or name(key=valu"),
+        ("--kv-policy=h2o@0.5", "--kv-policy: cannot read 'h2o@0.5'; write name or name(key=value"),
+        ("--kv-task=facts+h2o", "--kv-task: cannot read 'facts+h2o'; write name or name(key=valu"),
         ("--kv-task=retrieval(800)", "--kv-task: cannot read 'retrieval(800)'; write name or"),
         ("--kv-limit=0", "--kv-limit: expected a whole number of at least 1, got '0'"),
         ("--kv-limit=2.5", "--kv-limit: expected a whole number of at least 1, got '2.5'"),
@@ -111,9 +136,11 @@ def test_a_bad_value_in_the_ini_file_is_said_to_be_there(suite):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("--kv-policy=snap", "unknown policy 'snap'; did you mean 'snapkv'? known: chunkkv, h2o, "),
+        ("--kv-policy=snap", "unknown policy 'snap'; did you mean 'snapkv'? known: ad"),
         ("--kv-policy=snapkv(windw=4)", "unknown parameter of snapkv 'windw'; did you mean 'win"),
         ("--kv-policy=snapkv(window=0)", "window must be a whole number of at least 1, got 0"),
+        ("--kv-policy=shotkv+knorm", "shotkv+knorm: knorm keeps every generated token, so there"),
+        ("--kv-policy=shotkv|h2o", "unknown modifier 'h2o'; "),
         ("--kv-task=recal(n=4)", "unknown task 'recal'; did you mean 'recall'? known: arith"),
         ("--kv-task=recall(m=4)", "unknown parameter of recall 'm'; known: n, right"),
     ],
