@@ -44,9 +44,10 @@ Written by `python docs/make_policies.py` from the policies themselves: change t
 """
 
 COSTS = """\
-*Sums*: the prefill adds up what each position gets from all queries. *All queries*: the prefill
-records every query, not only the last. *RoPE*: rotations are undone and redone. *Step by step*: a
-draft is read token by token inside attention, and an answer that leaves it starts over.
+*Own prefills*: a prompt is prefilled again for each keep ratio. *Sums*: the prefill adds up what
+each position gets from all queries. *All queries*: the prefill records every query, not only the
+last. *RoPE*: rotations are undone and redone. *Step by step*: a draft is read token by token
+inside attention, and an answer that leaves it starts over.
 """
 
 MODIFYING = """\
@@ -190,6 +191,7 @@ def _while_decoding(policy: Policy) -> str:
 
 def _costs(policy: Policy) -> str:
     costs = {
+        "own prefills": policy.narrows,
         "sums": policy.needs_sums,
         "all queries": policy.window >= LENGTH,
         "RoPE": policy.needs_turn,

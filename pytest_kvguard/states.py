@@ -24,12 +24,18 @@ def ratios() -> st.SearchStrategy[float]:
 
 @st.composite
 def layer_states(
-    draw: st.DrawFn, *, window: int = 48, min_units: int = 0, max_length: int = 48
+    draw: st.DrawFn,
+    *,
+    window: int = 48,
+    min_units: int = 0,
+    max_length: int = 48,
+    narrowed: bool = False,
 ) -> LayerState:
     """Draw a layer's state with the last ``window`` queries, or all of a shorter prompt.
 
     Lengths cross every boundary from 1 on; keys are float32 or bfloat16, with and without ties;
-    units have several spans, leave gaps, or are one giant; any positions may be protected.
+    units have several spans, leave gaps, or are one giant; any positions may be protected. If
+    ``narrowed``, earlier layers may have dropped some that are not.
     """
     length = draw(st.integers(1, max_length))
     heads, group = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2, 4]))
@@ -42,6 +48,8 @@ def layer_states(
     protected = torch.zeros(length, dtype=torch.bool)
     protected[draw(st.lists(st.integers(0, length - 1), max_size=min(4, length)))] = True
     layers = draw(st.integers(1, 5))
+    alive = torch.rand(length, generator=generator) < draw(st.sampled_from([0.2, 0.6, 1]))
+    alive[draw(st.integers(0, length - 1))] = True
     return LayerState(
         keys=keys,
         values=values,
@@ -54,6 +62,7 @@ def layer_states(
         layers=layers,
         output=torch.randn(heads * group, 4, 6, generator=generator).to(dtype),
         turn=_turn,
+        alive=alive | protected if narrowed else None,
         passages=draw(_passages(length)),
         special=torch.arange(length) == draw(st.integers(-1, length - 1)),
         punctuation=torch.rand(length, generator=generator) < 0.2,

@@ -8,7 +8,8 @@ from torch import Tensor
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.kv.compress import Kept, importances, keep, keep_all, keep_masks
 from pytest_kvguard.kv.decode import Answer, Stopping, greedy
-from pytest_kvguard.kv.grid import Prompt
+from pytest_kvguard.kv.grid import Cell, Prompt
+from pytest_kvguard.kv.own import kept_alone, prefills_alone
 from pytest_kvguard.kv.prefill import Observe, prefill
 from pytest_kvguard.kv.rope import find_rotation
 from pytest_kvguard.kv.rows import Rows
@@ -70,9 +71,13 @@ def compress_text(loaded: Loaded, text: str, policy: Policy, ratio: float) -> Co
     with seam.open():
         held = prefill(seam, ids, Observe(policy.window, policy.needs_sums))
         rotation = find_rotation(seam) if policy.rerotate or policy.needs_turn else None
+        full_bytes = keep_all(held, prompt.fed).bytes
+        if prefills_alone(policy):
+            kept = kept_alone(seam, prompt, Cell(policy, ratio), held, rotation)
+            return CompressedCache(prompt, kept, full_bytes, loaded)
         turn = rotation.turn if rotation else None
         states = held.states(prompt.about, prompt.protection(policy, seam.device), turn)
         masks = keep_masks(policy, importances(policy, states), states, ratio)
         budgets = [policy.budget(state, ratio) for state in states]
         kept = keep(held, masks, budgets, prompt.fed, rotation if policy.rerotate else None)
-    return CompressedCache(prompt, kept, keep_all(held, prompt.fed).bytes, loaded)
+    return CompressedCache(prompt, kept, full_bytes, loaded)

@@ -150,7 +150,7 @@ class _Recorder:
             read=fmean(outcome.read) if outcome.read else None,
             bytes_full=outcome.bytes_full,
             bytes_held=outcome.bytes_held,
-            counts=Counts(self.grid.prefills, outcome.forwards, outcome.tokens),
+            counts=Counts(self.grid.prefills, outcome.forwards, outcome.tokens, outcome.prefills),
             fidelity=_fidelity(outcome),
             seconds=outcome.seconds,
         )

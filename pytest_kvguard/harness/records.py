@@ -38,12 +38,14 @@ class Counts:
     prefills: int = 0  # prompts or contexts prefilled, once for all cells of a task
     forwards: int = 0  # passes of the model that carried rows of this run, prefills not among them
     tokens: int = 0  # tokens of this run's rows that were fed, the prefilled prompt not among them
+    own_prefills: int = 0  # prefills on top, for this run alone
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
             self.prefills + other.prefills,
             self.forwards + other.forwards,
             self.tokens + other.tokens,
+            self.own_prefills + other.own_prefills,
         )
 
 

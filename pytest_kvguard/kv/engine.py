@@ -34,6 +34,7 @@ from pytest_kvguard.kv.jobs import (
     record,
     row_bytes,
 )
+from pytest_kvguard.kv.own import OwnPrefills, prefills_alone
 from pytest_kvguard.kv.prefill import Observe, prefill
 from pytest_kvguard.kv.quantized import quantized
 from pytest_kvguard.kv.reading import read_shares, reading
@@ -109,9 +110,10 @@ class Engine:
         Yields some at a time, and whether memory holds no more: then all that were yielded since
         the last time must be let go of.
         """
+        sharing = [cell.policy for cell in cells if not prefills_alone(cell.policy)]
         observe = Observe(
-            window=max([cell.policy.window for cell in cells], default=1),
-            sums=any(cell.policy.needs_sums for cell in cells),
+            window=max([policy.window for policy in sharing], default=1),
+            sums=any(policy.needs_sums for policy in sharing),
         )
         wave: list[HeldPrompt] = []
         used, most = 0, first
@@ -179,8 +181,10 @@ class Engine:
         grid.disagreements += sum(
             draft.logits.argmax(dim=-1).tolist() != draft.tokens for draft in drafts
         )
+        own = OwnPrefills(self.seam)
         for together in decoding_alike(cells):
-            jobs = [job for d in drafts for job in self._select(d, together, cells, grid)]
+            # made one by one, for those with prefills of their own hold caches of their own
+            jobs = (job for d in drafts for job in self._select(d, together, cells, grid, own))
             for batch in chunks(jobs, row_bytes, self.memory // SHARE):
                 try:
                     self._answer(batch, cells, grid, stopping)
@@ -189,29 +193,42 @@ class Engine:
                         fail(grid.cells[job.cell], job.draft.held, problem)
 
     def _select(
-        self, draft: Draft, together: Sequence[int], cells: Sequence[Cell], grid: Grid
+        self,
+        draft: Draft,
+        together: Sequence[int],
+        cells: Sequence[Cell],
+        grid: Grid,
+        own: OwnPrefills,
     ) -> Iterator[Job]:
         """Choose what each cell keeps of a prompt; importance is rated once a policy."""
         held = draft.held
         rated: dict[int, tuple[list[Tensor], tuple[LayerState, ...]]] = {}
         for index in together:
             cell, outcome = cells[index], grid.cells[index]
+            policy = cell.policy
             if outcome.problem is not None:
                 continue
             try:
-                if id(cell.policy) not in rated:
-                    mask = held.prompt.protection(cell.policy, held.prefill.layers[0].keys.device)
-                    rotation = self._find_rotation() if cell.policy.needs_turn else None
-                    turn = rotation.turn if rotation else None
-                    states = held.prefill.states(held.prompt.about, mask, turn)
-                    rated[id(cell.policy)] = importances(cell.policy, states), states
-                ratings, states = rated[id(cell.policy)]
-                masks = keep_masks(cell.policy, ratings, states, cell.ratio)
-                budgets = [cell.policy.budget(state, cell.ratio) for state in states]
+                turning = policy.needs_turn or (policy.rerotate and prefills_alone(policy))
+                rotation = self._find_rotation() if turning else None
+                if prefills_alone(policy):
+                    kept, prefills = own.kept(held.prompt, index, cell, held.prefill, rotation)
+                    outcome.prefills += prefills
+                    job = Job(draft, index, [], [layer.budget for layer in kept.layers], kept)
+                else:
+                    if id(policy) not in rated:
+                        mask = held.prompt.protection(policy, held.prefill.layers[0].keys.device)
+                        turn = rotation.turn if rotation else None
+                        states = held.prefill.states(held.prompt.about, mask, turn)
+                        rated[id(policy)] = importances(policy, states), states
+                    ratings, states = rated[id(policy)]
+                    masks = keep_masks(policy, ratings, states, cell.ratio)
+                    budgets = [policy.budget(state, cell.ratio) for state in states]
+                    job = Job(draft, index, masks, budgets)
             except Exception as problem:  # other people's code: its cell fails alone
                 fail(outcome, held, problem)
                 continue
-            yield Job(draft, index, masks, budgets)
+            yield job
 
     def _answer(
         self, batch: Sequence[Job], cells: Sequence[Cell], grid: Grid, stopping: Stopping

@@ -87,6 +87,7 @@ class Outcome:
     bytes_held: int = 0  # the same, of what was held
     forwards: int = 0  # passes that carried at least one of this cell's rows
     tokens: int = 0  # tokens of this cell's rows that went through the model
+    prefills: int = 0  # that were run for this cell alone
     seconds: float = 0.0  # of the batches it was in, shared by tokens
     evicted: int = 0  # generated or fed tokens, and prompt tokens, that went while decoding
     problem: tuple[int, str] | None = None  # a prompt that could not be measured, and why
@@ -98,7 +99,7 @@ class Grid:
 
     baseline: Outcome
     cells: Mapping[int, Outcome]  # by the cell's index
-    prefills: int = 0  # contexts prefilled from their first token
+    prefills: int = 0  # contexts prefilled from their first token, for all cells at once
     abandoned: bool = False  # ended after the first answers of the full cache
     disagreements: int = 0  # prompts whose baseline, read in one go, rounds to another token
 

@@ -46,8 +46,9 @@ class Job:
 
     draft: Draft
     cell: int
-    masks: list[Tensor]
+    masks: list[Tensor]  # none when it has a cache of its own
     budgets: list[int]
+    own: Kept | None = None  # from a prefill for this cell alone
 
 
 Question = tuple[tuple[int, ...], int, int, frozenset[int], tuple[str, ...]]
@@ -101,7 +102,9 @@ def most_kept(job: Job) -> int:
 
     All heads take the memory of the fullest.
     """
-    return max(*job.budgets, *(int(mask.sum(dim=-1).max()) for mask in job.masks))
+    if job.own is not None:
+        return int(job.own.held.max())
+    return max([*job.budgets, *(int(mask.sum(dim=-1).max()) for mask in job.masks)])
 
 
 def pages_read(job: Job, cell: Cell) -> int:
@@ -114,6 +117,8 @@ def pages_read(job: Job, cell: Cell) -> int:
 
 def kept_of(job: Job, rotation: Rotation | None) -> Kept:
     """Gather what a row starts from."""
+    if job.own is not None:
+        return job.own
     held = job.draft.held
     return keep(held.prefill, job.masks, job.budgets, held.prompt.fed, rotation)
 

@@ -66,29 +66,41 @@ class Prefill:
     ) -> tuple[LayerState, ...]:
         """Show each compressible layer as policies see it. protected: (T,) bool."""
         layers = self.compressible
-        length, device = layers[0].keys.shape[1], layers[0].keys.device
-        special = marked(about.special, length, device)
-        punctuation = marked(about.punctuation, length, device)
         return tuple(
-            LayerState(
-                keys=layer.keys,
-                values=layer.values,
-                queries=layer.queries,
-                scaling=layer.scaling,
-                protected=protected,
-                units=about.units,
-                unit_kind=about.unit_kind,
-                attention_sums=layer.sums,
-                layer=index,
-                layers=len(layers),
-                output=layer.output,
-                turn=turn,
-                passages=about.passages,
-                special=special,
-                punctuation=punctuation,
-            )
+            state_of(layer, index, len(layers), about, protected, turn)
             for index, layer in enumerate(layers)
         )
+
+
+def state_of(
+    layer: HeldLayer,
+    index: int,
+    layers: int,
+    about: About,
+    protected: Tensor,
+    turn: Turn | None = None,
+    alive: Tensor | None = None,
+) -> LayerState:
+    """Show one of the compressible ``layers`` as policies see it. protected, alive: (T,) bool."""
+    length, device = layer.keys.shape[1], layer.keys.device
+    return LayerState(
+        keys=layer.keys,
+        values=layer.values,
+        queries=layer.queries,
+        scaling=layer.scaling,
+        protected=protected,
+        units=about.units,
+        unit_kind=about.unit_kind,
+        attention_sums=layer.sums,
+        layer=index,
+        layers=layers,
+        output=layer.output,
+        turn=turn,
+        alive=alive,
+        passages=about.passages,
+        special=marked(about.special, length, device),
+        punctuation=marked(about.punctuation, length, device),
+    )
 
 
 def prefill(

@@ -4,6 +4,7 @@ Put your own policy through them in one line: ``check_policy(my_policy)``.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from hypothesis.errors import Flaky
 from pytest_kvguard.laws.decoding import DECODE_LAWS, DecodeTrial
 from pytest_kvguard.laws.prefill import PREFILL_LAWS, Trial
 from pytest_kvguard.laws.traces import copied
-from pytest_kvguard.policies.base import Policy
+from pytest_kvguard.policies.base import LayerState, Policy
 from pytest_kvguard.states import decode_states, layer_states, ratios
 
 Tried = TypeVar("Tried", Trial, DecodeTrial)
@@ -31,13 +32,22 @@ def check_policy(policy: Policy, *, max_examples: int = 50) -> None:
     Raises AssertionError whose first line names the law broken and how; the smallest state that
     breaks it is added as a note. What the policy itself raises, other than Refused, goes through.
     """
-    prompts = layer_states(window=policy.window, min_units=int(policy.keeps_units))
+    prompts = layer_states(
+        window=policy.window, min_units=int(policy.keeps_units), narrowed=policy.narrows
+    ).map(partial(_left_by, policy))
     drawn = {"state": prompts, "other": prompts, "ratio": ratios()}
     _obey(PREFILL_LAWS, partial(Trial, policy), drawn, max_examples)
     if policy.decode is not None:
         steps = decode_states(sums=policy.decode.accumulate)
         drawn = {"state": steps, "other": steps, "prompt": prompts, "ratio": ratios()}
         _obey(DECODE_LAWS, partial(DecodeTrial, policy), drawn, max_examples)
+
+
+def _left_by(policy: Policy, state: LayerState) -> LayerState:
+    """Let what must stay be alive: earlier layers were under the same policy."""
+    if state.alive is None:
+        return state
+    return replace(state, alive=state.alive | policy.fixed(state))
 
 
 def _obey(

@@ -141,7 +141,18 @@ def _units_stay_whole(trial: Trial) -> str:
 
 
 def _ratio_1_keeps_all(trial: Trial) -> str:
-    return "" if trial.policy.keep(trial.state, 1.0).all() else "dropped something"
+    kept = trial.policy.keep(trial.state, 1.0)
+    return "" if (kept | ~_alive(trial.state)).all() else "dropped something"
+
+
+def _what_is_gone_stays_gone(trial: Trial) -> str:
+    if trial.mask is None or not trial.mask[:, ~_alive(trial.state)].any():
+        return ""
+    return "kept what an earlier layer dropped"
+
+
+def _alive(state: LayerState) -> Tensor:
+    return torch.ones_like(state.protected) if state.alive is None else state.alive
 
 
 def _of_equals_the_earlier(trial: Trial) -> str:
@@ -217,6 +228,7 @@ PREFILL_LAWS: dict[str, Law] = {
     "something stays": _something_stays,
     "protected stay": _protected_stay,
     "units stay whole": _units_stay_whole,
+    "what is gone stays gone": _what_is_gone_stays_gone,
     "ratio 1 keeps all": _ratio_1_keeps_all,
     "of equals, the earlier": _of_equals_the_earlier,
     "input unchanged": _input_unchanged,

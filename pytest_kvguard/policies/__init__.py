@@ -17,6 +17,7 @@ from pytest_kvguard.policies.knorm import knorm
 from pytest_kvguard.policies.lagkv import lagkv
 from pytest_kvguard.policies.modifiers import MODIFIERS
 from pytest_kvguard.policies.observed_attention import observed_attention
+from pytest_kvguard.policies.pyramidinfer import pyramidinfer, pyramidinfer_kv
 from pytest_kvguard.policies.pyramidkv import pyramidkv
 from pytest_kvguard.policies.quest import quest
 from pytest_kvguard.policies.random_baselines import random_shots, random_tokens
@@ -41,6 +42,8 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "knorm": knorm,
     "lagkv": lagkv,
     "observed_attention": observed_attention,
+    "pyramidinfer": pyramidinfer,
+    "pyramidinfer_kv": pyramidinfer_kv,
     "pyramidkv": pyramidkv,
     "quest": quest,
     "random_shots": random_shots,

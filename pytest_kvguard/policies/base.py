@@ -192,6 +192,7 @@ class Policy:
     needs_turn: bool = False  # whether it looks at `turn`
     shares_heads: bool = False  # whether heads share the layer's budget unequally
     keeps_units: bool = False  # whether whole units are kept; what is outside them is protected
+    narrows: bool = False  # what a layer drops, the layers behind it never see
     reuse: int = 1  # this many neighbouring layers share the first one's selection
     rerotate: bool = False  # keys move to their index in the cache (cache positions)
     decode: DecodeEviction | None = None  # None: generated tokens all stay

@@ -3,18 +3,24 @@
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
+from itertools import accumulate
 from numbers import Real
+from operator import mul
 
 import torch
 from torch import Tensor
 
 from pytest_kvguard.errors import InvalidArgument, Refused
 from pytest_kvguard.policies.base import Budget, LayerState
-from pytest_kvguard.policies.parameters import check_count
+from pytest_kvguard.policies.parameters import check_count, check_share
 from pytest_kvguard.policies.units import check_units, must_stay
 
 SLACK = 1e-9
 """0.29 * 100 is 28.999999999999996; what is this close to a whole number is one."""
+
+
+BISECTIONS = 48  # until float64 can hardly tell the ends apart
 
 
 def check_ratio(value: float) -> float:
@@ -126,6 +132,47 @@ def pyramid(beta: int = 20, window: int = 32) -> Budget:
         return alike + (first * (steps - state.layer) + last * state.layer) // steps
 
     return budget
+
+
+def narrowing(recent: float = 0.2) -> Budget:
+    """Return a budget that each layer cuts from what the layer before left (PyramidInfer).
+
+    Layer i keeps ``start * ((1 - end) * (cos(pi * i / layers) + 1) / 2 + end)`` of that. As in
+    the published code ``start`` is 1 and ``end`` is in [0, 1]; where even an ``end`` of 0 keeps
+    too much, ``start`` falls below 1 too. Every layer holds the protected positions or a
+    ``recent`` share of the prompt, whichever are more, the latter up to half of the mean; the
+    cuts are made of the rest. The least cuts are taken whose mean over the layers, in whole
+    positions, is within `keep_ratio`.
+
+    Raises Refused as `keep_ratio` does.
+    """
+    check_share("recent", recent)
+
+    def budget(state: LayerState, ratio: float) -> int:
+        mean = keep_ratio(state, ratio)
+        alike = max(1, int(state.protected.sum()), min(share(state.length, recent), mean // 2))
+        return _narrowed(state.length, alike, mean, state.layers)[state.layer]
+
+    return budget
+
+
+@lru_cache(maxsize=4096)  # every layer of a prompt asks for the same
+def _narrowed(length: int, alike: int, mean: int, layers: int) -> tuple[int, ...]:
+    """Return the positions each layer keeps, `mean` on average or as little fewer as can be."""
+
+    def budgets(gentle: float) -> tuple[int, ...]:
+        start, end = min(1.0, 2 * gentle), max(0.0, 2 * gentle - 1)
+        cosines = ((math.cos(math.pi * i / layers) + 1) / 2 for i in range(layers))
+        left = accumulate((start * ((1 - end) * c + end) for c in cosines), mul)
+        return tuple(alike + share(length - alike, part) for part in left)
+
+    low, high = 0.0, 1.0
+    if sum(budgets(high)) <= mean * layers:
+        return budgets(high)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(budgets(middle)) <= mean * layers else (low, middle)
+    return budgets(low)
 
 
 def _held_alike(state: LayerState, window: int, mean: int) -> int:

@@ -12,7 +12,7 @@ def checked_keep(policy: Policy, importance: Tensor, state: LayerState, ratio: f
 
     Raises Refused where the budget does, and InvalidArgument when the importance has another
     shape or nan in it, the budget is not in [1, T], or the mask has another shape, keeps nothing
-    or too much, or drops a protected position.
+    or too much, drops a protected position or keeps one that is gone.
     """
     shape = (state.keys.shape[0], state.length)
     where = f"policy {policy.name!r}, layer {state.layer}"
@@ -50,6 +50,8 @@ def _within(policy: Policy, mask: Tensor, budget: int, state: LayerState) -> Ten
         f"{where}: dropped {dropped} of {int(fixed.sum())} protected positions, "
         f"kept {fewest} to {most}, the budget is {budget}",
     )
+    if state.alive is not None:
+        _require(not (mask & ~state.alive).any(), f"{where}: kept what an earlier layer dropped")
     return mask
 
 

@@ -6,11 +6,15 @@ from torch import Tensor
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.policies.base import LayerState
 
+EVERY_QUERY = 2**31
+"""A window that no prompt is longer than."""
+
 
 def window_attention(state: LayerState, window: int) -> Tensor:
     """Return the attention of the last ``window`` queries, by key/value head.
 
-    Returns (Hkv, G, W, T) float32 with W = min(window, T); causal, rows sum to 1.
+    Returns (Hkv, G, W, T) float32 with W = min(window, T); causal, rows sum to 1. What an earlier
+    layer dropped gets nothing, but that its own query sees itself.
     Raises InvalidArgument when fewer queries were recorded.
     """
     width = min(window, state.length)
@@ -24,8 +28,11 @@ def window_attention(state: LayerState, window: int) -> Tensor:
     queries = state.queries[:, -width:].reshape(heads, -1, width, size)  # (Hkv, G, W, D)
     logits = torch.einsum("hgwd,htd->hgwt", queries.float(), state.keys.float()) * state.scaling
     positions = torch.arange(length, device=logits.device)
-    future = positions > positions[-width:, None]  # (W, T)
-    return logits.masked_fill(future, float("-inf")).softmax(dim=-1)
+    asking = positions[-width:, None]
+    hidden = positions > asking  # (W, T)
+    if state.alive is not None:
+        hidden = hidden | (~state.alive & (positions != asking))
+    return logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)
 
 
 def summed_attention(state: LayerState) -> Tensor:

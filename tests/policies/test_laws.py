@@ -168,6 +168,7 @@ FAULTS = {
     "refused only when the budget cannot hold what must stay": replace(
         KNORM, budget=refuses_short_prompts
     ),
+    "what is gone stays gone": replace(KNORM, name="planted", narrows=True),
     "ratio 1 keeps all": selecting(
         KNORM, lambda mask, state: mask & ((torch.arange(state.length) != 5) | state.protected)
     ),

@@ -89,7 +89,7 @@ def test_a_cell_says_what_the_comparison_says():
         "max_drop": 0.1,
         "samples_needed": c.samples_needed,
         "fidelity": {"kl": 0.5, "agreement": 0.75},
-        "counts": {"prefills": 1, "forwards": 2, "tokens": 3},
+        "counts": {"prefills": 1, "forwards": 2, "tokens": 3, "own_prefills": 0},
         "seconds": 4.5,
     }
 
