@@ -172,7 +172,8 @@ def _random_state_unchanged(trial: DecodeTrial) -> str:
 def _same_step_same_choice(trial: DecodeTrial) -> str:
     first = trial.frees(trial.state)
     flipped = replace(trial.state, weights=trial.state.weights.flip(1))
-    for other in (trial.other, flipped, trial.other, flipped):
+    not_begun = replace(trial.state, prompt_length=trial.state.newest + 1)
+    for other in 2 * (trial.other, flipped, not_begun):
         trial.frees(other)
         if not torch.equal(first, trial.frees(trial.state)):
             return "chose otherwise after another step"

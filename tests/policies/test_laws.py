@@ -183,7 +183,7 @@ FAULTS = {
     "slots have no order": evicting(importance=goes_by_slot),
     "free slots change nothing": evicting(
         SHOTS,
-        allowed=lambda state: torch.full_like(state.newest, state.positions.shape[-1] // 2),
+        allowed=lambda state: torch.full_like(state.newest, state.positions.shape[-1] - 5),
     ),
     "rows do not see each other": evicting(
         SHOTS,
