@@ -5,8 +5,9 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
 OLDEST = $(VENV)/transformers-oldest
+PEERS ?= .venv-peers
 
-.PHONY: demo test lint oldest
+.PHONY: demo test lint oldest peers
 
 demo: $(VENV)/ready
 	$(BIN)/pytest suites/ --kv-policy=shotkv --ratio=0.25 || test $$? -eq 1 # it shows fails too
@@ -23,6 +24,10 @@ lint: $(VENV)/ready
 oldest: $(OLDEST)/ready
 	PYTHONPATH=$(OLDEST) $(BIN)/pytest -n 2 tests/kv
 
+# What is compared with kvpress, in an environment of its own: it needs an older transformers.
+peers: $(PEERS)/ready
+	$(PEERS)/bin/pytest tests/peers
+
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -32,4 +37,11 @@ $(VENV)/ready: pyproject.toml
 
 $(OLDEST)/ready: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --target $(OLDEST) transformers==5.0.0
+	touch $@
+
+$(PEERS)/ready: pyproject.toml
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --upgrade pip
+	$(PEERS)/bin/python -m pip install --quiet $(TORCH)
+	$(PEERS)/bin/python -m pip install --quiet --editable ".[kvpress]"
 	touch $@

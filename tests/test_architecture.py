@@ -56,6 +56,7 @@ OUTSIDE = {
     "markdown_it": {"tasks"},
     "sentencex": {"tasks"},
     "gguf": set(),
+    "kvpress": {"policies"},
     "xdist": {"scheduling"},
     "pytest": {"options", "marker", "hookspecs", "plugin", "report"},
 }

@@ -73,7 +73,7 @@ def compress_text(loaded: Loaded, text: str, policy: Policy, ratio: float) -> Co
         rotation = find_rotation(seam) if policy.rerotate or policy.needs_turn else None
         full_bytes = keep_all(held, prompt.fed).bytes
         if prefills_alone(policy):
-            kept = kept_alone(seam, prompt, Cell(policy, ratio), held, rotation)
+            kept, _ = kept_alone(seam, prompt, Cell(policy, ratio), held, rotation)
             return CompressedCache(prompt, kept, full_bytes, loaded)
         turn = rotation.turn if rotation else None
         states = held.states(prompt.about, prompt.protection(policy, seam.device), turn)

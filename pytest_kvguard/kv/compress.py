@@ -110,7 +110,7 @@ def keep(
             continue
         mask, budget = next(chosen)
         kept = _gather(layer, mask[:, :length], budget)
-        layers.append(kept if rotation is None else _pack(kept, length, rotation))
+        layers.append(kept if rotation is None else pack(kept, length, rotation))
     return Kept(length, tuple(layers))
 
 
@@ -149,7 +149,7 @@ def _gather(layer: HeldLayer, mask: Tensor, budget: int) -> KeptLayer:
     )
 
 
-def _pack(kept: KeptLayer, length: int, rotation: Rotation) -> KeptLayer:
+def pack(kept: KeptLayer, length: int, rotation: Rotation) -> KeptLayer:
     """Turn each key to its distance from the end in the cache instead of in the prompt."""
     rank = torch.arange(kept.positions.shape[-1], device=kept.positions.device)
     packed = length - kept.held.unsqueeze(-1) + rank  # (Hkv, n)

@@ -7,13 +7,14 @@ none of transformers' cache or mask code runs and its changes between versions c
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pytest_kvguard.errors import Unsupported
 
@@ -59,6 +60,7 @@ class Seam:
         self.tokens = 0
         self._passed: Callable[[], None] = _nothing
         self._attend: Attend | None = None
+        self._before = ""  # the attention of a model that is ours for now
 
     @property
     def device(self) -> torch.device:
@@ -76,9 +78,9 @@ class Seam:
 
         ``passed`` is called after every pass of the model.
         """
-        before = self.model.config._attn_implementation
+        before = self._before = self.model.config._attn_implementation
         training = self.model.training
-        AttentionInterface.register(NAME, self._attention)
+        _register(self._attention)
         try:
             self.model.set_attn_implementation(NAME)
         except ValueError as problem:
@@ -95,7 +97,16 @@ class Seam:
             self._passed = _nothing
             self.model.set_attn_implementation(before)
             self.model.train(training)
-            AttentionInterface.register(NAME, _closed)  # lets go of the model
+            _register(_closed)  # lets go of the model
+
+    @contextmanager
+    def lent(self) -> Iterator[PreTrainedModel]:
+        """Give the model its own attention back for a while, inside `open`."""
+        self.model.set_attn_implementation(self._before)
+        try:
+            yield self.model
+        finally:
+            self.model.set_attn_implementation(NAME)
 
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend, *, last: int = 0) -> Tensor:
         """Push tokens through the model and return their logits.
@@ -137,6 +148,12 @@ class Seam:
         output = _output_projection(module, query.shape[1])
         step = Step(module.layer_idx, query, key, value, scaling, sliding_window, output)
         return self._attend(step).transpose(1, 2).contiguous(), None
+
+
+def _register(attention: Callable[..., tuple[Tensor, None]]) -> None:
+    AttentionInterface.register(NAME, attention)
+    with suppress(KeyError):  # kvpress wraps what is registered when it is imported, for good
+        del ALL_ATTENTION_FUNCTIONS[NAME]
 
 
 def check_layers(model: PreTrainedModel) -> None:

@@ -8,6 +8,7 @@ Shapes are written with these letters throughout the package:
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
@@ -173,6 +174,9 @@ class Reading:
     -> (R, Hq, Q, P) float32; the higher are read."""
 
 
+Foreign = Callable[[float], Callable[[Any], AbstractContextManager[Any]]]
+"""share to keep of what is prefilled -> model -> a block in which its cache is compressed."""
+
 Saves = Literal["positions", "bytes", "reads"]
 """What a keep ratio is a share of: the positions of a prompt that are held, the bytes of its full
 cache, or the positions that are read."""
@@ -193,6 +197,7 @@ class Policy:
     shares_heads: bool = False  # whether heads share the layer's budget unequally
     keeps_units: bool = False  # whether whole units are kept; what is outside them is protected
     narrows: bool = False  # what a layer drops, the layers behind it never see
+    foreign: Foreign | None = None  # other people's code that chooses; the rest is not asked
     reuse: int = 1  # this many neighbouring layers share the first one's selection
     rerotate: bool = False  # keys move to their index in the cache (cache positions)
     decode: DecodeEviction | None = None  # None: generated tokens all stay

@@ -8,14 +8,23 @@ from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.policies.base import Policy
 from pytest_kvguard.policies.parameters import frozen
 
+SELECTING = {"importance", "budget", "select", "stays", "reuse"}
+"""What a policy that is other people's code is not asked for."""
+
 
 def modified(policy: Policy, name: str, params: Mapping[str, Any], **changes: Any) -> Policy:
     """Return the policy with fields changed, as ``policy|name``, and its parameters with more.
 
-    On the full cache the modifier stands alone. Raises InvalidArgument for one applied twice.
+    On the full cache the modifier stands alone. Raises InvalidArgument for one applied twice, and
+    for one that would go unheard because other people's code selects.
     """
     if name in policy.name.split("|")[1:]:
         raise InvalidArgument(f"{policy.name} is modified by {name} already; leave one out")
+    if policy.foreign is not None and (changes.keys() & SELECTING):
+        raise InvalidArgument(
+            f"{policy.name} selects by code of its own, which {name} cannot change; "
+            f"use {name} with a policy of this package"
+        )
     return replace(
         policy,
         name=name if policy.name == "full" else f"{policy.name}|{name}",

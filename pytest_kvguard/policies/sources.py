@@ -5,12 +5,13 @@ from importlib.metadata import EntryPoint, entry_points
 
 from pytest_kvguard.errors import InvalidArgument, Unavailable, UnknownName
 from pytest_kvguard.policies.base import Policy
+from pytest_kvguard.policies.kvpress import from_kvpress
 from pytest_kvguard.specs import Spec, make
 
 GROUP = "pytest_kvguard.policies"
 """The entry points to look among: the name of a policy -> its factory."""
 
-POLICY_SOURCES: dict[str, Callable[[Spec], Policy]] = {}
+POLICY_SOURCES: dict[str, Callable[[Spec], Policy]] = {"kvpress": from_kvpress}
 """What stands before the colon -> makes a policy of the name behind it and its parameters."""
 
 
