@@ -111,7 +111,7 @@ class Run:
     @property
     def remains(self) -> str:
         """What is left of what the policy saves, as in ``24% held``."""
-        if self.saves == "bytes":
+        if self.saves == "bytes" and self.bytes_full:  # 0: no sample came to its end
             return f"{self.bytes_held / self.bytes_full:.0%} of the bytes held"
         if self.saves == "reads" and self.read is not None:
             return f"{self.read:.0%} read"

@@ -64,10 +64,12 @@ def legend(cells: Sequence[Cell]) -> str:
     """Explain the columns, with the limit and the level where all cells have the same."""
     limits = {f" (limit {-cell['max_drop']:+z.1%})" for cell in cells}
     levels = {f"{cell['level']:.0%}, " for cell in cells}
+    saved = {cell["saves"] for cell in cells}
     return (
         f"dP: relative change of the mean score{_only(limits)}, worse is negative; "
         f"interval: where the true dP lies ({_only(levels)}paired by sample); "
-        "held: share of the prompt left in the cache; -/+: samples that broke/mended"
+        f"held: share of the prompt left in the cache{', or of its bytes' * ('bytes' in saved)}"
+        f"{', or of it what a step reads' * ('reads' in saved)}; -/+: samples that broke/mended"
     )
 
 
@@ -90,7 +92,8 @@ def _counted(verdict: str, cells: Sequence[Cell]) -> str:
 def _held(cell: Cell) -> str:
     """Return the share that was kept of what the policy saves."""
     if cell["saves"] == "bytes":
-        return f"{cell['bytes_held'] / cell['bytes_full']:.0%} of bytes"
+        full = cell["bytes_full"]  # 0: not one sample came to an end
+        return f"{cell['bytes_held'] / full:.0%} of bytes" if full else "?"
     if cell["saves"] == "reads" and cell["read"] is not None:
         return f"{cell['read']:.0%} read"
     return f"{cell['held']['mean']:.0%}" if cell["held"] else "?"

@@ -323,6 +323,12 @@ def test_a_storage_is_judged_by_its_bytes():
     assert "a ratio of 0.312" in over
 
 
+def test_a_storage_that_stored_nothing_says_so():
+    run = kept(saves="bytes", bytes_full=0, bytes_held=0, held=None, error="s0: no groups")
+    assert run.remains == "not measured"
+    assert "ended with an error: s0: no groups" in compare(after=run).refusal
+
+
 def test_reading_less_is_judged_by_what_was_read():
     def read(share, ratio=0.25):
         return compare(after=kept(saves="reads", read=share, ratio=ratio, held=Held(1, 1, 1)))

@@ -77,6 +77,17 @@ def test_what_is_reported_is_what_was_held(suite):
     assert cell["fidelity"]["kl"] > 0
 
 
+def test_a_storage_that_fails_on_its_first_sample_is_refused_and_reported(suite):
+    suite.pytester.makepyfile(one().replace('"snapkv"', '"kivi(group=8, residual=8)"'))
+    result = suite("--kv-report=kv.json")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        ["recall*kivi*0.9*?*24*refused", "*cannot be cut into groups of 8*"]
+    )
+    (cell,) = suite.report()["cells"]
+    assert (cell["verdict"], cell["bytes_full"], cell["held"]) == ("refused", 0, None)
+
+
 def test_a_model_too_weak_for_a_task_skips_it_and_is_listed_as_refused(suite):
     suite.pytester.makepyfile(one("(right=0)"))
     result = suite("-rs", "--kv-report=kv.json")

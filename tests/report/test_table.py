@@ -19,6 +19,12 @@ def test_each_cell_is_a_row_with_its_numbers(cells):
         assert row in rows
 
 
+def test_a_storage_shows_its_bytes_where_there_are_any(cells):
+    lines = table([cells[0] | {"saves": "bytes"}, cells[2] | {"saves": "bytes", "bytes_full": 0}])
+    assert "25% of bytes" in lines[2]
+    assert " 1            ? 50 " in lines[3]
+
+
 def test_the_last_line_counts_the_verdicts(cells):
     assert table(cells)[-1] == (
         "1 pass, 1 inconclusive (about 140 samples would decide), 1 refused, 1 FAIL"
@@ -56,6 +62,18 @@ def test_the_legend_explains_the_columns_the_level_and_the_limit(cells):
     assert "interval: where the true dP lies (90%, paired by sample)" in text
     assert "held: share of the prompt" in text
     assert "-/+: samples that broke/mended" in text
+
+
+@pytest.mark.parametrize(
+    ("saves", "words"),
+    [
+        ("bytes", "left in the cache, or of its bytes; -/+"),
+        ("reads", "left in the cache, or of it what a step reads; -/+"),
+        ("positions", "left in the cache; -/+"),
+    ],
+)
+def test_the_legend_says_of_what_the_shares_are(cells, saves, words):
+    assert words in " ".join(table([cells[0], cells[0] | {"saves": saves}]))
 
 
 def test_different_limits_are_not_called_one(cells):
