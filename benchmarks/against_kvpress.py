@@ -65,13 +65,9 @@ def main() -> None:
 
 def environment(folder: Path) -> Path:
     """Return the Python of an environment with both sides in it, made on first use."""
-    python = folder / "bin" / "python"
     if not (folder / "ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        for what in (["torch==2.13.0"], ["kvpress==0.5.5"], ["--editable", f"{ROOT}[smollm2]"]):
-            subprocess.run([str(python), "-m", "pip", "install", "--quiet", *what], check=True)
-        (folder / "ready").touch()
-    return python
+        subprocess.run(["make", "-C", str(ROOT), f"PEERS={folder}", f"{folder}/ready"], check=True)
+    return folder / "bin" / "python"
 
 
 class Side:
@@ -124,15 +120,18 @@ def differences(ours: Done, theirs: Done) -> list[str]:
 def table(rounds: list[dict[str, Done]]) -> list[str]:
     """Return a Markdown table of medians; ratios are of pairs that ran after one another."""
     lines = [
-        "| side | seconds | times ours | tokens | forwards | prefills | peak MiB above the model |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| side | seconds | times ours | CPU seconds | times ours | tokens | forwards | prefills "
+        "| peak MiB above the model |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, label in LABELS.items():
         done = [one[name] for one in rounds]
         ratio = median(one[name]["seconds"] / one["ours"]["seconds"] for one in rounds)
+        work = median(one[name]["cpu"] / one["ours"]["cpu"] for one in rounds)
         above = median(one["peak"] - one["peak_before"] for one in done) / 2**20
         lines.append(
             f"| {label} | {median(one['seconds'] for one in done):.2f} | {ratio:.2f} "
+            f"| {median(one['cpu'] for one in done):.2f} | {work:.2f} "
             f"| {done[0]['tokens']} | {done[0]['forwards']} | {done[0]['prefills']} "
             f"| {above:.0f} |"
         )

@@ -53,10 +53,11 @@ def main() -> None:
     work = {"ours": ours, "kvpress": kvpress, "generate": generate}[args.side.partition("_")[0]]
     short = [Prompt(p.ids[:40] + p.ids[p.context :], 40, ahead=True) for p in prompts[:1]]
     work(loaded, short, cells[:1], 2)
-    before = peak()
+    before, cpu = peak(), time.process_time()
     done = work(loaded, prompts, cells, args.new)
     done |= {
         "side": args.side,
+        "cpu": time.process_time() - cpu,
         "tokens_in": [len(prompt.ids) for prompt in prompts],
         "peak_before": before,
         "peak": peak(),
