@@ -15,7 +15,7 @@ from pytest_kvguard.kv.rope import find_rotation
 from pytest_kvguard.kv.rows import Rows
 from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.models import Loaded
-from pytest_kvguard.policies.base import EMPTY, Policy
+from pytest_kvguard.policies.base import Policy
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class CompressedCache:
     @property
     def device(self) -> torch.device:
         """Where the cache is."""
-        return self.kept.layers[0].keys.device
+        return self.kept.layers[0].heads[0].keys.device
 
     @property
     def held(self) -> Tensor:
@@ -48,8 +48,8 @@ class CompressedCache:
 
     def positions(self, layer: int, head: int) -> list[int]:
         """Return the prompt positions a head of a layer holds, in order."""
-        found = self.kept.layers[layer].positions[head]
-        return [int(at) for at in found if at != EMPTY]
+        found: list[int] = self.kept.layers[layer].heads[head].positions[0].tolist()
+        return found
 
     def answer(self, max_new_tokens: int = 32, stop: tuple[str, ...] = ()) -> str:
         """Answer greedily from the compressed cache; nothing more is evicted on the way."""

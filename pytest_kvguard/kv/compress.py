@@ -1,7 +1,7 @@
 """What a policy leaves of a prefill: gathered keys and values, so that memory is really freed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,15 +14,12 @@ from pytest_kvguard.policies.check import checked_keep, checked_reuse
 
 @dataclass(frozen=True)
 class KeptLayer:
-    """One layer after compression, in position order; heads may keep different counts.
-
-    The tensors are as long as the fullest head: a shorter one is padded with EMPTY positions.
-    """
+    """One layer after compression, in position order; every head keeps equally many."""
 
     layer: int
     keys: Tensor  # (Hkv, n, D)
     values: Tensor  # (Hkv, n, D)
-    positions: Tensor  # (Hkv, n), EMPTY behind what a head kept
+    positions: Tensor  # (Hkv, n)
     sums: Tensor | None  # (Hkv, n) float32
     window: int | None
     budget: int  # positions a head of this layer was allowed, tokens to be fed again included
@@ -34,9 +31,82 @@ class KeptLayer:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the keys and values held; what pads shorter heads is not counted."""
-        token = (self.keys.shape[-1] + self.values.shape[-1]) * self.keys.element_size()
-        return int(self.held.sum()) * token
+        """Bytes of the keys and values."""
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def heads(self) -> tuple["KeptLayer", ...]:
+        """Each head as a layer of its own, without copying."""
+        return tuple(
+            replace(
+                self,
+                keys=self.keys[head : head + 1],
+                values=self.values[head : head + 1],
+                positions=self.positions[head : head + 1],
+                sums=None if self.sums is None else self.sums[head : head + 1],
+            )
+            for head in range(len(self.keys))
+        )
+
+    @property
+    def padded(self) -> "KeptLayer":
+        """The layer itself: there is nothing to pad."""
+        return self
+
+
+@dataclass(frozen=True)
+class RaggedKept:
+    """One layer whose heads keep different numbers, so that each has tensors of its own."""
+
+    heads: tuple[KeptLayer, ...]  # one key/value head each
+
+    @property
+    def layer(self) -> int:
+        """The model's index of the layer."""
+        return self.heads[0].layer
+
+    @property
+    def window(self) -> int | None:
+        """Positions a sliding layer sees."""
+        return self.heads[0].window
+
+    @property
+    def budget(self) -> int:
+        """Positions a head was allowed on average, tokens to be fed again included."""
+        return self.heads[0].budget
+
+    @property
+    def held(self) -> Tensor:
+        """Positions held by each head, (Hkv,)."""
+        return torch.cat([head.held for head in self.heads])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the keys and values."""
+        return sum(head.bytes for head in self.heads)
+
+    @property
+    def padded(self) -> KeptLayer:
+        """A copy as long as the fullest head; EMPTY behind what the others keep."""
+        most = max(head.keys.shape[1] for head in self.heads)
+
+        def joined(parts: Sequence[Tensor], empty: int = 0) -> Tensor:
+            out = parts[0].new_full((len(parts), most, *parts[0].shape[2:]), empty)
+            for head, part in enumerate(parts):
+                out[head, : part.shape[1]] = part[0]
+            return out
+
+        sums = [head.sums for head in self.heads if head.sums is not None]
+        return replace(
+            self.heads[0],
+            keys=joined([head.keys for head in self.heads]),
+            values=joined([head.values for head in self.heads]),
+            positions=joined([head.positions for head in self.heads], EMPTY),
+            sums=joined(sums) if sums else None,
+        )
+
+
+AnyKept = KeptLayer | RaggedKept
 
 
 @dataclass(frozen=True)
@@ -44,7 +114,7 @@ class Kept:
     """What is left of the first ``length`` positions of a prompt."""
 
     length: int
-    layers: tuple[KeptLayer, ...]
+    layers: tuple[AnyKept, ...]
 
     @property
     def bytes(self) -> int:
@@ -103,7 +173,7 @@ def keep(
     from the end, so that tokens that follow keep their own positions.
     """
     chosen = iter(zip(masks, budgets, strict=True))
-    layers = []
+    layers: list[AnyKept] = []
     for layer in prefill.layers:
         if layer.window is not None:
             layers.append(_all(layer, length))
@@ -128,38 +198,46 @@ def _all(layer: HeldLayer, length: int) -> KeptLayer:
     )
 
 
-def _gather(layer: HeldLayer, mask: Tensor, budget: int) -> KeptLayer:
-    count = mask.sum(dim=-1, keepdim=True)  # (Hkv, 1)
-    n = int(count.max()) if mask.shape[-1] else 0
-    index = mask.int().argsort(dim=-1, descending=True, stable=True)[:, :n]  # kept ones first
-    wide = index.unsqueeze(-1).expand(-1, -1, layer.keys.shape[-1])
-    filled = torch.arange(n, device=mask.device) < count
+def _gather(layer: HeldLayer, mask: Tensor, budget: int) -> AnyKept:
+    counts = mask.sum(dim=-1).tolist()
+    index = mask.int().argsort(dim=-1, descending=True, stable=True)  # kept ones first
+    if len(set(counts)) == 1:
+        return _pick(layer, slice(None), index[:, : counts[0]], budget)
+    return RaggedKept(
+        tuple(
+            _pick(layer, slice(head, head + 1), index[head : head + 1, :count], budget)
+            for head, count in enumerate(counts)
+        )
+    )
+
+
+def _pick(layer: HeldLayer, heads: slice, index: Tensor, budget: int) -> KeptLayer:
+    """Copy some heads' positions, (heads, n), and nothing else."""
+    keys, values = layer.keys[heads], layer.values[heads]
+    wide = index.unsqueeze(-1)
     sums = None
     if layer.sums is not None:
-        by_head = layer.sums.unflatten(0, (mask.shape[0], -1)).sum(dim=1)  # (Hkv, T)
-        sums = by_head.gather(1, index)
+        by_head = layer.sums.unflatten(0, (len(layer.keys), -1)).sum(dim=1)  # (Hkv, T)
+        sums = by_head[heads].gather(1, index)
     return KeptLayer(
         layer=layer.layer,
-        keys=layer.keys.gather(1, wide),
-        values=layer.values.gather(1, index.unsqueeze(-1).expand(-1, -1, layer.values.shape[-1])),
-        positions=torch.where(filled, index, EMPTY),
+        keys=keys.gather(1, wide.expand(-1, -1, keys.shape[-1])),
+        values=values.gather(1, wide.expand(-1, -1, values.shape[-1])),
+        positions=index.clone(),
         sums=sums,
         window=None,
         budget=budget,
     )
 
 
-def pack(kept: KeptLayer, length: int, rotation: Rotation) -> KeptLayer:
+def pack(kept: AnyKept, length: int, rotation: Rotation) -> AnyKept:
     """Turn each key to its distance from the end in the cache instead of in the prompt."""
-    rank = torch.arange(kept.positions.shape[-1], device=kept.positions.device)
-    packed = length - kept.held.unsqueeze(-1) + rank  # (Hkv, n)
-    moved = torch.where(kept.positions == EMPTY, 0, packed - kept.positions)
-    return KeptLayer(
-        layer=kept.layer,
-        keys=rotation.turn(kept.keys, moved),
-        values=kept.values,
-        positions=kept.positions,
-        sums=kept.sums,
-        window=kept.window,
-        budget=kept.budget,
-    )
+    if isinstance(kept, RaggedKept):
+        return RaggedKept(tuple(_turned(head, length, rotation) for head in kept.heads))
+    return _turned(kept, length, rotation)
+
+
+def _turned(kept: KeptLayer, length: int, rotation: Rotation) -> KeptLayer:
+    held = kept.positions.shape[-1]
+    packed = torch.arange(length - held, length, device=kept.positions.device)
+    return replace(kept, keys=rotation.turn(kept.keys, packed - kept.positions))

@@ -28,7 +28,6 @@ from pytest_kvguard.kv.jobs import (
     fail,
     grown,
     kept_of,
-    most_kept,
     pages_read,
     question,
     record,
@@ -39,7 +38,7 @@ from pytest_kvguard.kv.prefill import Observe, prefill
 from pytest_kvguard.kv.quantized import quantized
 from pytest_kvguard.kv.reading import read_shares, reading
 from pytest_kvguard.kv.rope import Rotation, find_rotation
-from pytest_kvguard.kv.rows import GrowingLayer, LayerFactory, Rows
+from pytest_kvguard.kv.rows import LayerFactory, Rows, growing
 from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.kv.selfcheck import check_faithful
 from pytest_kvguard.policies.base import LayerState, Policy
@@ -288,8 +287,7 @@ class Engine:
             pages = [pages_read(job, cells[job.cell]) for job in batch]
             return reading(cell.policy.read, torch.tensor(pages, device=self.seam.device))
         if cell.decode is None:
-            return quantized(store) if store else GrowingLayer
-        slots = cell.decode.slots
+            return quantized(store) if store else growing
         prompts = [job.draft.held.prompt for job in batch]
         ratios = [cells[job.cell].decode_ratio for job in batch]
         device = self.seam.device
@@ -298,10 +296,7 @@ class Engine:
             ratio=torch.tensor(ratios, dtype=torch.float64, device=device),
             prompt_length=torch.tensor([len(p.ids) for p in prompts], device=device),
             fresh=torch.tensor([p.compressed for p in prompts], device=device),
-            slots=max(
-                slots(most_kept(job), len(p.tail) + stopping.most, ratio)
-                for job, p, ratio in zip(batch, prompts, ratios, strict=True)
-            ),
+            new=tuple(len(p.tail) + stopping.most for p in prompts),
             rotation=self._rotation_for(cell.policy),
         )
         return quantized(store, decoding) if store else evicting(decoding)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from pytest_kvguard.errors import KVGuardError, Refused, Unavailable, Unsupported
-from pytest_kvguard.kv.compress import Kept, KeptLayer, pack
+from pytest_kvguard.kv.compress import AnyKept, Kept, KeptLayer, pack
 from pytest_kvguard.kv.grid import Cell, Prompt
 from pytest_kvguard.kv.prefill import Prefill
 from pytest_kvguard.kv.rope import Rotation
@@ -80,7 +80,7 @@ def _check(prompt: Prompt, cell: Cell, full: Prefill) -> None:
 
 def _run(
     seam: Seam, name: str, foreign: Foreign, ratio: float, ids: Sequence[int], budget: int
-) -> list[KeptLayer]:
+) -> list[AnyKept]:
     cache = _Watched()
     tokens = torch.tensor([list(ids)], device=seam.device)
     with seam.lent() as model, _untouched(model), _reproducible(seam.device):

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from pytest_kvguard.kv.compress import Kept, keep, keep_all
@@ -50,6 +52,14 @@ class Job:
     budgets: list[int]
     own: Kept | None = None  # from a prefill for this cell alone
 
+    @cached_property
+    def most(self) -> int:
+        """Positions of the prompt that a head may start from: a layer's budget, or an own share."""
+        if self.own is not None:
+            return int(self.own.held.max())
+        fullest = torch.stack([mask.sum(dim=-1).max() for mask in self.masks]).max()
+        return max(*self.budgets, int(fullest))
+
 
 Question = tuple[tuple[int, ...], int, int, frozenset[int], tuple[str, ...]]
 """All that the full cache's answer depends on, but for the model."""
@@ -69,11 +79,16 @@ def by_context(prompts: Sequence[Prompt]) -> list[list[int]]:
 
 
 def decoding_alike(cells: Sequence[Cell]) -> list[list[int]]:
-    """Group the indices of cells whose rows can be decoded side by side."""
-    groups: dict[int, list[int]] = {}
+    """Group the indices of cells whose rows are decoded side by side.
+
+    Those whose heads hold different numbers are apart: attention goes head by head there.
+    """
+    groups: dict[int | str, list[int]] = {}
     for index, cell in enumerate(cells):
         policy = cell.policy
-        key = id(policy) if cell.decode or policy.store or policy.read else 0
+        key: int | str = "ragged" if policy.shares_heads else "even"
+        if cell.decode or policy.store or policy.read:
+            key = id(policy)
         groups.setdefault(key, []).append(index)
     return list(groups.values())
 
@@ -90,21 +105,15 @@ def grown(held: HeldPrompt, new: int) -> int:
 
 
 def row_bytes(job: Job) -> int:
-    """Bytes a row takes: what is held, what its draft adds, and the draft's logits."""
+    """Bytes a row takes at the most: what is held, what its draft adds, and the draft's logits.
+
+    Every head counts as the fullest, for rows decoded together are as long as the longest of them
+    head by head.
+    """
     prompt = job.draft.held.prompt
-    tokens = most_kept(job) + len(prompt.tail) + len(job.draft.tokens) + GROWTH
+    tokens = job.most + len(prompt.tail) + len(job.draft.tokens) + GROWTH
     caches = job.draft.held.full.bytes * tokens // max(1, prompt.fed)
     return caches + job.draft.logits.numel() * LOGIT_BYTES
-
-
-def most_kept(job: Job) -> int:
-    """Positions of the prompt that a head may start from: a layer's budget, or an own share.
-
-    All heads take the memory of the fullest.
-    """
-    if job.own is not None:
-        return int(job.own.held.max())
-    return max([*job.budgets, *(int(mask.sum(dim=-1).max()) for mask in job.masks)])
 
 
 def pages_read(job: Job, cell: Cell) -> int:

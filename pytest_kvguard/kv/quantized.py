@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pytest_kvguard.kv.attention import attend, visible
-from pytest_kvguard.kv.compress import KeptLayer
-from pytest_kvguard.kv.evicting import Decoding, EvictingLayer
-from pytest_kvguard.kv.rows import GrowingLayer, LayerFactory, RowLayer, stack
+from pytest_kvguard.kv.compress import AnyKept, KeptLayer
+from pytest_kvguard.kv.evicting import Decoding, EvictingBase
+from pytest_kvguard.kv.rows import LayerFactory, OneWay, RaggedLayer, RowLayer, growing, stack
 from pytest_kvguard.kv.seam import Step
 from pytest_kvguard.policies.base import EMPTY, Codec, Storage
 
@@ -74,14 +74,17 @@ class Shelf:
 
     @property
     def bytes(self) -> Tensor:
-        """Bytes of what each row stores, (R,); rows are not charged for what pads them."""
+        """Bytes of what each row stores, (R,); each head takes what the fullest of its row does.
+
+        What pads a row to the longest of the rows is not its own.
+        """
         unit = sum(part.shape[3:].numel() * part.element_size() for part in self.parts)
         token = self.rest.shape[-1] * self.rest.element_size()
-        stored = self.coded // self.codec.span * unit + (self.count - self.coded) * token
-        return stored.sum(dim=1)
+        units, rest = (self.coded // self.codec.span).amax(1), (self.count - self.coded).amax(1)
+        return (units * unit + rest * token) * self.count.shape[1]
 
 
-class QuantizedLayer:
+class QuantizedLayer(OneWay):
     """One layer of R rows in which everything new stays, stored as a `Storage` says."""
 
     def __init__(self, kept: Sequence[KeptLayer], storage: Storage) -> None:
@@ -148,18 +151,17 @@ class QuantizedLayer:
         return self.keys.bytes + self.values.bytes
 
 
-class QuantizedEvictingLayer(EvictingLayer):
+class QuantizedEvictingLayer(EvictingBase):
     """One layer of R rows that evict while decoding, stored as a `Storage` says.
 
     What is evicted leaves its place empty: it is read no more, but stays in the group it was or
-    will be encoded with.
+    will be encoded with. Heads that hold different numbers are padded to the fullest.
     """
 
-    def __init__(self, kept: Sequence[KeptLayer], decoding: Decoding, storage: Storage) -> None:
-        super().__init__(kept, decoding)
-        self.stored = QuantizedLayer(kept, storage)
+    def __init__(self, kept: Sequence[AnyKept], decoding: Decoding, storage: Storage) -> None:
+        self.stored = QuantizedLayer([layer.padded for layer in kept], storage)
+        super().__init__(kept, decoding, self.stored.positions.shape[-1])
         self.positions = self.stored.positions
-        self._trim()
 
     def take(self, rows: Tensor) -> None:
         """Go on with these rows only."""
@@ -178,24 +180,25 @@ class QuantizedEvictingLayer(EvictingLayer):
         if self.sums is not None:
             self.sums = self.sums[:, :, : self.positions.shape[-1]]
 
-    def _write(self, key: Tensor, value: Tensor, position: Tensor) -> None:
+    def _write(self, key: Tensor, value: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Store one token a row, and show keys and values as it reads them."""
         first = self.stored.write(key, value, position[:, None])
-        self.keys, self.values = first if self.stored.storage.residual else self.stored.read()
         self.positions = self.stored.positions  # the same tensor: what is evicted is empty in both
         if self.sums is not None:
             self.sums = F.pad(self.sums, (0, self.positions.shape[-1] - self.sums.shape[-1]))
+        return first if self.stored.storage.residual else self.stored.read()
 
 
 def quantized(storage: Storage, decoding: Decoding | None = None) -> LayerFactory:
     """Make the layers of rows that are stored as codes; sliding layers are left alone."""
 
-    def make(kept: Sequence[KeptLayer]) -> RowLayer:
+    def make(kept: Sequence[AnyKept]) -> RowLayer:
         if kept[0].window is not None:
-            return GrowingLayer(kept)
-        if decoding is None:
-            return QuantizedLayer(kept, storage)
-        return QuantizedEvictingLayer(kept, decoding, storage)
+            return growing(kept)
+        if decoding is not None:
+            return QuantizedEvictingLayer(kept, decoding, storage)
+        even = [layer for layer in kept if isinstance(layer, KeptLayer)]
+        return QuantizedLayer(even, storage) if len(even) == len(kept) else RaggedLayer(kept, make)
 
     return make
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.kv.attention import attend, visible
-from pytest_kvguard.kv.compress import KeptLayer
-from pytest_kvguard.kv.rows import GROWTH, GrowingLayer, LayerFactory, RowLayer, widen
+from pytest_kvguard.kv.compress import AnyKept, KeptLayer
+from pytest_kvguard.kv.rows import GROWTH, GrowingLayer, LayerFactory, RowLayer, growing, widen
 from pytest_kvguard.kv.seam import Step
 from pytest_kvguard.policies.base import EMPTY, Reading
 
@@ -85,11 +85,12 @@ class ReadingLayer(GrowingLayer):
 def reading(how: Reading, pages: Tensor) -> LayerFactory:
     """Make the layers of rows that read ``pages`` (R,); sliding layers are left alone."""
 
-    def make(kept: Sequence[KeptLayer]) -> RowLayer:
+    def make(kept: Sequence[AnyKept]) -> RowLayer:
         if kept[0].window is not None:
-            return GrowingLayer(kept)
+            return growing(kept)
         dense = kept[0].layer < how.dense
-        return ReadingLayer(kept, how, torch.full_like(pages, ALL) if dense else pages)
+        most = torch.full_like(pages, ALL) if dense else pages
+        return ReadingLayer([layer.padded for layer in kept], how, most)
 
     return make
 

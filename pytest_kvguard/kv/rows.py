@@ -3,9 +3,13 @@
 A row is one prompt under one policy at one ratio. Rows differ in what they hold, per layer and
 per head; a slot knows the position of what it holds, and who may see whom follows from positions
 alone. New tokens come right-aligned: padding is in front and leaves nothing behind.
+
+Heads that hold equally many share their tensors; others have their own, each no longer than the
+longest row of that very head.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -14,7 +18,7 @@ from torch import Tensor
 
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.kv.attention import attend, visible
-from pytest_kvguard.kv.compress import Kept, KeptLayer
+from pytest_kvguard.kv.compress import AnyKept, Kept, KeptLayer
 from pytest_kvguard.kv.seam import Seam, Step
 from pytest_kvguard.policies.base import EMPTY
 
@@ -24,8 +28,11 @@ GROWTH = 64  # slots added at a time
 class RowLayer(Protocol):
     """One layer of R rows."""
 
-    positions: Tensor  # (R, Hkv, C), EMPTY where a slot is free
-    freed: Tensor  # (R,) slots that were emptied while decoding, over all heads
+    rewindable: bool  # whether what was fed can be forgotten: nothing was evicted or encoded
+
+    @property
+    def freed(self) -> Tensor:
+        """Slots that were emptied while decoding, over all heads, (R,)."""
 
     def attend(self, step: Step, asking: Tensor, writing: Tensor) -> Tensor:
         """Write new tokens and attend; asking, writing: (R, Q) positions -> (R, Hq, Q, D).
@@ -36,17 +43,22 @@ class RowLayer(Protocol):
     def take(self, rows: Tensor) -> None:
         """Go on with these rows only."""
 
+    def forget(self, first: Tensor) -> None:
+        """Empty the slots of each row from position ``first`` (R,) on."""
+
     @property
     def bytes(self) -> Tensor:
-        """Bytes of what each row holds, (R,)."""
+        """Bytes of what each row holds, (R,), room for new tokens left out."""
 
 
-LayerFactory = Callable[[Sequence[KeptLayer]], RowLayer]
+LayerFactory = Callable[[Sequence[AnyKept]], RowLayer]
 """One layer of every row -> that layer of all rows together."""
 
 
 class GrowingLayer:
     """One layer of R rows in which everything new stays."""
+
+    rewindable = True
 
     def __init__(self, kept: Sequence[KeptLayer]) -> None:
         self.window = kept[0].window
@@ -93,13 +105,57 @@ class GrowingLayer:
             self.positions = F.pad(self.positions, (0, more), value=EMPTY)
 
 
+class RaggedLayer:
+    """One layer of R rows whose heads hold different numbers: each a layer by itself."""
+
+    def __init__(self, kept: Sequence[AnyKept], make: LayerFactory) -> None:
+        self.heads = [make(rows) for rows in by_head(kept)]
+        self.rewindable = all(head.rewindable for head in self.heads)
+
+    def attend(self, step: Step, asking: Tensor, writing: Tensor) -> Tensor:
+        """Write new tokens and attend, head by head."""
+        queries = step.query.chunk(len(self.heads), dim=1)
+        keys, values = step.key.split(1, dim=1), step.value.split(1, dim=1)
+        seen = [
+            head.attend(replace(step, query=query, key=key, value=value), asking, writing)
+            for head, query, key, value in zip(self.heads, queries, keys, values, strict=True)
+        ]
+        return torch.cat(seen, dim=1)
+
+    def take(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        for head in self.heads:
+            head.take(rows)
+
+    def forget(self, first: Tensor) -> None:
+        """Empty the slots of each row from position ``first`` (R,) on."""
+        for head in self.heads:
+            head.forget(first)
+
+    @property
+    def freed(self) -> Tensor:
+        """Slots that were emptied while decoding, over all heads, (R,)."""
+        return torch.stack([head.freed for head in self.heads]).sum(dim=0)
+
+    @property
+    def bytes(self) -> Tensor:
+        """Bytes of what each row holds, (R,)."""
+        return torch.stack([head.bytes for head in self.heads]).sum(dim=0)
+
+
+def growing(kept: Sequence[AnyKept]) -> RowLayer:
+    """Make a layer in which everything new stays."""
+    even = [layer for layer in kept if isinstance(layer, KeptLayer)]
+    return GrowingLayer(even) if len(even) == len(kept) else RaggedLayer(kept, growing)
+
+
 class Rows:
     """R rows, each continuing its own prompt."""
 
-    def __init__(self, kept: Sequence[Kept], make: LayerFactory = GrowingLayer) -> None:
+    def __init__(self, kept: Sequence[Kept], make: LayerFactory = growing) -> None:
         by_layer = zip(*(row.layers for row in kept), strict=True)
         self.layers = {same[0].layer: make(same) for same in by_layer}
-        device = next(iter(self.layers.values())).positions.device
+        device = next(iter(self.layers.values())).freed.device
         self.next = torch.tensor([k.length for k in kept], device=device)  # (R,)
 
     def __len__(self) -> int:
@@ -144,7 +200,7 @@ class Rows:
     @property
     def rewindable(self) -> bool:
         """Whether what a row was fed can be forgotten: nothing was evicted or encoded for it."""
-        return all(isinstance(layer, GrowingLayer) for layer in self.layers.values())
+        return all(layer.rewindable for layer in self.layers.values())
 
     def take(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""
@@ -157,11 +213,24 @@ class Rows:
         """Forget what each row was fed from position ``to`` on."""
         self.next = torch.tensor(to, device=self.next.device)
         for layer in self.layers.values():
-            if not isinstance(layer, GrowingLayer):
-                raise InvalidArgument(
-                    "rows that evict or encode cannot be rewound: what went is gone; start over"
-                )
             layer.forget(self.next)
+
+
+class OneWay:
+    """A layer that evicts or encodes: what went is gone."""
+
+    rewindable = False
+
+    def forget(self, first: Tensor) -> None:
+        """Raise InvalidArgument."""
+        raise InvalidArgument(
+            "rows that evict or encode cannot be rewound: what went is gone; start over"
+        )
+
+
+def by_head(kept: Sequence[AnyKept]) -> list[tuple[KeptLayer, ...]]:
+    """Return for each head what every row keeps of it."""
+    return list(zip(*(layer.heads for layer in kept), strict=True))
 
 
 def stack(parts: Sequence[Tensor], slots: int, empty: int = 0) -> Tensor:

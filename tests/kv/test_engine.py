@@ -23,7 +23,7 @@ from pytest_kvguard.kv.grid import Cell, Grid, Prompt
 from pytest_kvguard.kv.prefill import About, Observe, prefill
 from pytest_kvguard.kv.quantized import quantized
 from pytest_kvguard.kv.reading import reading
-from pytest_kvguard.kv.rows import GrowingLayer, Rows
+from pytest_kvguard.kv.rows import Rows, growing
 from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.policies import POLICIES, get_policy
 from pytest_kvguard.policies.base import Policy
@@ -152,8 +152,8 @@ def without_draft(cell: Cell, prompt: Prompt) -> list[int]:
         if cell.decode is not None:
             length = torch.tensor([len(prompt.ids)])
             ratio = torch.tensor([cell.decode_ratio], dtype=torch.float64)
-            decoding = Decoding(cell.decode, ratio, length, length, slots=99)
-        make = GrowingLayer if decoding is None else evicting(decoding)
+            decoding = Decoding(cell.decode, ratio, length, length, new=(99,))
+        make = growing if decoding is None else evicting(decoding)
         if cell.policy.read is not None:
             pages = int(len(prompt.ids) * cell.ratio) // cell.policy.read.page
             make = reading(cell.policy.read, torch.tensor([pages]))

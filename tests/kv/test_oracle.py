@@ -166,14 +166,13 @@ def rows_of(policy: Policy, kept: Kept) -> Rows:
 
 
 def decoding_of(policy: Policy, kept: Kept, rotation: Rotation | None = None) -> Decoding:
-    budgets = [layer.budget for layer in kept.layers if layer.window is None]
     ratio = Cell(policy, RATIO).decode_ratio
     return Decoding(
         eviction=policy.decode,
         ratio=torch.tensor([ratio], dtype=torch.float64),
         prompt_length=torch.tensor([len(PROMPT)]),
         fresh=torch.tensor([len(PROMPT)]),
-        slots=policy.decode.slots(max(budgets), len(ANSWER) + 1, ratio),
+        new=(len(ANSWER) + 1,),
         rotation=rotation,
     )
 

@@ -1,30 +1,84 @@
-"""Heads that share a layer's budget: what they hold, and the memory that takes."""
+"""What is held is all the memory there is: tensors counted, for every policy, head by head."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
-from pytest_kvguard.kv.compress import Kept, importances, keep, keep_masks
-from pytest_kvguard.kv.grid import Prompt
+from pytest_kvguard.kv.compress import Kept, RaggedKept, importances, keep, keep_masks
+from pytest_kvguard.kv.decode import Stopping
+from pytest_kvguard.kv.engine import Engine
+from pytest_kvguard.kv.evicting import Decoding, EvictingLayer, evicting
+from pytest_kvguard.kv.grid import Cell, Prompt
 from pytest_kvguard.kv.prefill import About, Observe, prefill
-from pytest_kvguard.kv.rows import Rows
+from pytest_kvguard.kv.quantized import quantized
+from pytest_kvguard.kv.rope import find_rotation
+from pytest_kvguard.kv.rows import RaggedLayer, RowLayer, Rows, growing
 from pytest_kvguard.kv.seam import Seam
-from pytest_kvguard.policies import get_policy
-from pytest_kvguard.policies.base import EMPTY
+from pytest_kvguard.policies import POLICIES, get_policy
+from tests.kv.test_oracle import SMALL
 from tests.tiny import family, tokens
 
 RATIO = 0.5
-PROMPT = Prompt(tuple(tokens(60)), context=0, about=About(special=(0,), punctuation=(7, 8, 31)))
+UNITS = tuple((range(start, start + 6),) for start in range(2, 50, 6))
+ABOUT = About(units=UNITS, special=(0,), punctuation=(7, 8, 31))
+PROMPT = Prompt(tuple(tokens(60)), context=0, about=ABOUT)
 TOKEN = 2 * 12 * 4  # bytes of a key and a value: 12 channels each in float32
+HEADS = 2
 SHARING = ["adakv(window=4, floor=0.0)", "adapyramidkv(window=4)", "fastgen(threshold=0.8)"]
+STORED = "|kivi(bits=4, group=4, residual=4)"
+SPECS = [
+    *(name + SMALL.get(name, "") for name in POLICIES),
+    *SHARING,
+    *(spec + after for spec in SHARING for after in ("+h2o@0.5", "+tova@0.3", STORED, "|int8")),
+    f"{SHARING[0]}|rerotated",
+    f"{SHARING[0]}|fair",
+    f"{SHARING[0]}|reuse(layers=2)",
+    f"{SHARING[0]}+h2o@0.5{STORED}",
+    f"snapkv(window=4){STORED}",
+]
 
 
 def kept_of(spec: str) -> Kept:
     policy, seam = get_policy(spec), Seam(family("llama"))
     with seam.open():
         held = prefill(seam, PROMPT.ids, Observe(policy.window, policy.needs_sums))
-    states = held.states(PROMPT.about, PROMPT.protection(policy, torch.device("cpu")))
+        rotation = find_rotation(seam)
+    protected = PROMPT.protection(policy, torch.device("cpu"))
+    states = held.states(PROMPT.about, protected, rotation.turn)
     masks = keep_masks(policy, importances(policy, states), states, RATIO)
-    return keep(held, masks, [policy.budget(state, RATIO) for state in states], PROMPT.fed)
+    budgets = [policy.budget(state, RATIO) for state in states]
+    return keep(held, masks, budgets, PROMPT.fed, rotation if policy.rerotate else None)
+
+
+def rows_of(spec: str, kept: Kept) -> Rows:
+    """One row with room for one new token."""
+    cell = Cell(get_policy(spec), RATIO)
+    store, length = cell.policy.store, torch.tensor([len(PROMPT.ids)])
+    if cell.decode is None:
+        return Rows([kept], quantized(store) if store else growing)
+    ratio = torch.tensor([cell.decode_ratio], dtype=torch.float64)
+    decoding = Decoding(cell.decode, ratio, length, length, new=(1,))
+    return Rows([kept], quantized(store, decoding) if store else evicting(decoding))
+
+
+def tensors(holder: object) -> Iterator[Tensor]:
+    """The keys and values in a layer of rows, wherever they lie."""
+    for name in ("heads", "stored", "keys", "values", "parts", "flat", "rest"):
+        found = getattr(holder, name, ())
+        for part in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(part, Tensor):
+                yield part
+            else:
+                yield from tensors(part)
+
+
+def memory(layers: dict[int, RowLayer]) -> int:
+    """Bytes of the storages behind the tensors, less the one free slot that evicting heads have."""
+    own = {t.untyped_storage().data_ptr(): t for layer in layers.values() for t in tensors(layer)}
+    room = sum(isinstance(layer, EvictingLayer) for layer in layers.values()) * HEADS * TOKEN
+    return sum(tensor.untyped_storage().nbytes() for tensor in own.values()) - room
 
 
 @pytest.mark.parametrize("spec", SHARING)
@@ -34,28 +88,55 @@ def test_heads_hold_unequal_numbers_and_together_no_more_than_the_ratio(spec):
     assert held.double().mean() <= RATIO * len(PROMPT.ids)
 
 
-@pytest.mark.parametrize("spec", SHARING)
-def test_the_bytes_claimed_are_those_of_what_is_held(spec):
+@pytest.mark.parametrize("spec", SPECS)
+def test_what_is_kept_takes_the_bytes_of_what_is_held_and_the_rest_is_freed(spec):
     kept = kept_of(spec)
-    places = [position for layer in kept.layers for position in layer.positions.flatten().tolist()]
-    assert kept.bytes == TOKEN * sum(position != EMPTY for position in places)
+    own = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for layer in kept.layers
+        for head in layer.heads
+        for tensor in (head.keys, head.values)
+    }
+    assert kept.bytes == sum(own.values()) == TOKEN * int(kept.held.sum())
 
 
-@pytest.mark.parametrize("spec", ["snapkv(window=4)", *SHARING])
-def test_the_tensors_are_as_long_as_the_fullest_head_and_the_rest_is_freed(spec):
-    """Ragged heads are padded: a layer takes the memory of its fullest head for every head."""
-    for layer in kept_of(spec).layers:
-        for tensor in (layer.keys, layer.values):
-            assert tensor.untyped_storage().nbytes() == tensor.nbytes  # no view of the full cache
-        fullest, heads = int(layer.held.max()), len(layer.held)
-        assert layer.keys.nbytes + layer.values.nbytes == TOKEN * fullest * heads
-        if spec.startswith("snapkv"):
-            assert layer.bytes == TOKEN * fullest * heads  # nothing is padded
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_row_takes_the_bytes_it_claims(spec):
+    kept = kept_of(spec)
+    rows = rows_of(spec, kept)
+    assert rows.bytes == [memory(rows.layers)]
+    if get_policy(spec).store is None:
+        assert rows.bytes == [TOKEN * int(kept.held.sum())]  # nothing is padded
 
 
-def test_rows_take_the_memory_of_the_fullest_head_among_them():
+def test_reports_count_the_bytes_of_the_tensors():
+    cells = [Cell(get_policy(spec), RATIO) for spec in SPECS]
+    stopping = Stopping(4, frozenset(), (), lambda ids: "")
+    grid = Engine(Seam(family("llama"))).run([PROMPT], cells, stopping)
+    assert [outcome.problem for outcome in grid.cells.values()] == [None] * len(SPECS)
+    found = {spec: grid.cells[index].bytes_held for index, spec in enumerate(SPECS)}
+    assert found == {spec: memory(rows_of(spec, kept_of(spec)).layers) for spec in SPECS}
+
+
+def test_codes_of_heads_that_evict_are_padded_to_the_fullest_and_counted_so():
+    """The one place where heads that hold less take as much as the others."""
+    ragged, padded = (kept_of(SHARING[0]), f"{SHARING[0]}+h2o@0.5{STORED}")
+    alone = rows_of(SHARING[0] + STORED, ragged).bytes[0]
+    assert rows_of(padded, kept_of(padded)).bytes[0] > alone
+
+
+def test_rows_are_as_long_as_the_longest_of_them_head_by_head():
     kept = [kept_of(spec) for spec in SHARING]
     rows = Rows(kept)
     for index, layer in rows.layers.items():
-        fullest = max(int(row.layers[index].held.max()) for row in kept)
-        assert layer.keys.nbytes * 2 == TOKEN * fullest * 2 * len(kept)
+        longest = torch.stack([row.layers[index].held for row in kept]).amax(dim=0)
+        assert isinstance(layer, RaggedLayer)
+        assert [head.keys.shape[2] for head in layer.heads] == longest.tolist()
+        held = sum(int(row.layers[index].held.sum()) for row in kept)
+        assert int(layer.bytes.sum()) == TOKEN * held
+
+
+def test_heads_that_hold_equally_many_share_their_tensors():
+    even = kept_of("snapkv(window=4)")
+    assert not any(isinstance(layer, RaggedKept) for layer in even.layers)
+    assert not any(isinstance(layer, RaggedLayer) for layer in Rows([even]).layers.values())
