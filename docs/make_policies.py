@@ -35,8 +35,7 @@ Written by `python docs/make_policies.py` from the policies themselves: change t
   *reads* of a cache that stays whole
 - **decides by**: what changes the selection when nothing else changes, tried on {LENGTH} tokens
 - **heads**: key/value heads of a layer keep the *same positions*; *own positions*, but as many;
-  or even an *own number*, which reports count head by head, though tensors are as long as the
-  fullest head's
+  or even an *own number*, and then each takes the memory of what it holds
 - **layers**: all keep the *same number*, deeper ones *fewer*, or neighbours the *same positions*
 - **while decoding**: which tokens may still be evicted then: *none*, *generated* ones or *any*
 - **costs**: what comes on top of the prefill that all policies share and the pass that reads a

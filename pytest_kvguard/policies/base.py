@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -34,6 +34,11 @@ class Passage:
 
 EMPTY = -1
 """The position of a slot that holds nothing."""
+
+ALL_QUERIES = 2**31
+"""The `window` of a policy that looks at every query of the prompt."""
+
+Seen = TypeVar("Seen")
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,23 @@ class LayerState:
     passages: tuple[Passage, ...] = ()  # in order; together they are the whole prompt
     special: Tensor | None = None  # (T,) bool; tokens that stand for no text, such as BOS
     punctuation: Tensor | None = None  # (T,) bool; tokens of punctuation alone
+    _seen: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def length(self) -> int:
         """Positions held, T."""
         return self.keys.shape[-2]
+
+    def once(self, look: Callable[["LayerState"], Seen]) -> Seen:
+        """Return ``look(self)``, computed the first time only and forgotten with the state.
+
+        For what a selection looks at besides the importance, so that a new ratio rates nothing.
+        ``look`` must be the same function each time, and no policy may change what it returns.
+        """
+        if look not in self._seen:
+            self._seen[look] = look(self)
+        seen: Seen = self._seen[look]
+        return seen
 
 
 Importance = Callable[[LayerState], Tensor]
@@ -191,7 +208,7 @@ class Policy:
     budget: Budget
     select: Selector
     params: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    window: int = 1  # how many of the last queries `importance` looks at
+    window: int = 1  # how many of the last queries it looks at; or ALL_QUERIES
     needs_sums: bool = False  # whether it looks at `attention_sums`
     needs_turn: bool = False  # whether it looks at `turn`
     shares_heads: bool = False  # whether heads share the layer's budget unequally

@@ -34,11 +34,11 @@ def criticalkv(window: int = 32, kernel: int = 5, first: float = 0.5) -> Policy:
 
     def importance(state: LayerState) -> Tensor:
         queries = min(window, state.length) * (state.queries.shape[0] // state.keys.shape[0])
-        rated = (votes(state) / queries + EPSILON) * projected_norms(state)
+        rated = (state.once(votes) / queries + EPSILON) * projected_norms(state)
         return favour_latest(rated, window)
 
     def select(importance: Tensor, n: int, state: LayerState) -> Tensor:
-        attended = favour_latest(votes(state), window)
+        attended = favour_latest(state.once(votes), window)
         sure = top_tokens(attended, share(n, first), state) | protected_of(importance, state)
         return top_after(sure, importance, n)
 

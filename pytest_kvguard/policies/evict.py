@@ -1,6 +1,7 @@
 """Which slot of each head is freed after a token was decoded."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pytest_kvguard.policies.base import DecodeEviction, DecodeState
@@ -29,14 +30,24 @@ def attention_of_all_heads(state: DecodeState) -> Tensor:
     The mean over the query heads that hold it, so that heads which hold the same agree on what
     goes, and heads which hold different positions of the prompt can be compared.
     """
-    rows, heads, _ = state.positions.shape
+    rows, heads, slots = state.positions.shape
     votes = state.weights.unflatten(1, (heads, -1)).mean(dim=2)  # (R, Hkv, C)
-    end = int(state.positions.max()) + 1
-    at = torch.where(state.held, state.positions, end)  # free slots meet behind all positions
-    held = votes.new_zeros(rows, heads, end + 1).scatter(2, at, 1.0)
-    total = torch.zeros_like(held).scatter(2, at, votes).sum(dim=1, keepdim=True)
-    mean = total / held.sum(dim=1, keepdim=True).clamp(min=1)  # (R, 1, end + 1)
+    at = _ranks(state.positions.flatten(1)).unflatten(1, (heads, slots))
+    count = votes.new_zeros(rows, heads, heads * slots).scatter(2, at, 1.0)
+    total = torch.zeros_like(count).scatter(2, at, votes).sum(dim=1, keepdim=True)
+    mean = total / count.sum(dim=1, keepdim=True).clamp(min=1)  # (R, 1, ranks)
     return mean.expand(-1, heads, -1).gather(2, at).masked_fill(~state.held, 0.0)
+
+
+def _ranks(positions: Tensor) -> Tensor:
+    """Number the different positions of each row in order, equals alike, (R, n).
+
+    There are never more numbers than places: the largest position need not be known, which would
+    wait for the device.
+    """
+    ordered, places = positions.sort(dim=1)
+    steps = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0)).cumsum(dim=1)
+    return torch.empty_like(steps).scatter(1, places, steps)
 
 
 def evictable(candidates: Tensor, state: DecodeState) -> Tensor:

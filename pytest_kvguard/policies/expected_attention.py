@@ -18,12 +18,10 @@ import torch
 from torch import Tensor
 
 from pytest_kvguard.errors import InvalidArgument
-from pytest_kvguard.policies.base import LayerState, Policy, Turn
+from pytest_kvguard.policies.base import ALL_QUERIES, LayerState, Policy, Turn
 from pytest_kvguard.policies.budgets import keep_ratio
 from pytest_kvguard.policies.parameters import check_count, frozen
 from pytest_kvguard.policies.selectors import top_tokens
-
-EVERY_QUERY = 2**31
 
 
 def expected_attention(future: int = 512, sinks: int = 4) -> Policy:
@@ -43,7 +41,7 @@ def expected_attention(future: int = 512, sinks: int = 4) -> Policy:
         keep_ratio,
         top_tokens,
         params=frozen(future=future, sinks=sinks),
-        window=EVERY_QUERY,
+        window=ALL_QUERIES,
         needs_turn=True,
     )
 
@@ -92,6 +90,6 @@ def _turn_of(state: LayerState) -> Turn:
     if state.queries.shape[-2] != state.length:
         raise InvalidArgument(
             f"expected attention looks at every query, but {state.queries.shape[-2]} of "
-            f"{state.length} were recorded; set the policy's `window` to {EVERY_QUERY}"
+            f"{state.length} were recorded; set the policy's `window` to ALL_QUERIES"
         )
     return state.turn

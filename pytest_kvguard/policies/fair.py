@@ -57,9 +57,10 @@ def in_each_part(select: Selector) -> Selector:
         fixed = [int(state.protected[part].sum()) for part in parts]
         sizes = [part.stop - part.start for part in parts]
         mask = torch.zeros_like(importance, dtype=torch.bool)
-        for part, room in zip(parts, fair_shares(n, sizes, fixed), strict=True):
+        rooms = fair_shares(n, sizes, fixed)
+        for part, room, only in zip(parts, rooms, state.once(_parts), strict=True):
             if room:
-                mask[:, part] = select(importance[:, part], room, _only(state, part))
+                mask[:, part] = select(importance[:, part], room, only)
         return mask
 
     return fairly
@@ -70,6 +71,10 @@ def parts_of(state: LayerState) -> list[slice]:
     starts = [p.positions.start for p in state.passages if p.kind != "template"]
     edges = [0, *starts[1:], state.length]
     return [slice(start, stop) for start, stop in pairwise(edges)]
+
+
+def _parts(state: LayerState) -> list[LayerState]:
+    return [_only(state, part) for part in parts_of(state)]
 
 
 def _only(state: LayerState, part: slice) -> LayerState:

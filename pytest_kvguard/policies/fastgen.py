@@ -39,6 +39,9 @@ def fastgen(
     check_share("local", local)
     check_count("window", window)
 
+    def seen(state: LayerState) -> Tensor:
+        return window_attention(state, window).double().mean(dim=1)  # (Hkv, W, T)
+
     def select(importance: Tensor, n: int, state: LayerState) -> Tensor:
         special, punctuation = _kinds(state)
         if n == state.length:
@@ -55,7 +58,7 @@ def fastgen(
         sets.append(sets[-1] | _latest(state, latest))
         sets.append(~nothing)
         held = torch.stack(sets)  # (5, Hkv, T)
-        choice = _cheapest(_recovered(held, latest, state, window), held, threshold, n)
+        choice = _cheapest(_recovered(held, latest, state.once(seen)), held, threshold, n)
         return held[choice, torch.arange(len(choice), device=choice.device)]
 
     return Policy(
@@ -89,10 +92,12 @@ def _latest(state: LayerState, count: int) -> Tensor:
     return positions >= state.length - count
 
 
-def _recovered(held: Tensor, latest: int, state: LayerState, window: int) -> Tensor:
-    """Return the share of attention each set recovers, everything more than any, (5, Hkv)."""
-    attention = window_attention(state, window).double().mean(dim=1)  # (Hkv, W, T)
-    positions = torch.arange(state.length, device=attention.device)
+def _recovered(held: Tensor, latest: int, attention: Tensor) -> Tensor:
+    """Return the share of attention each set recovers, everything more than any, (5, Hkv).
+
+    attention: (Hkv, W, T) of the last W queries
+    """
+    positions = torch.arange(attention.shape[2], device=attention.device)
     asking = positions[-attention.shape[1] :, None]
     near = (positions > asking - latest) & (positions <= asking)  # (W, T)
     alone, with_window = held[:3].unsqueeze(2), (held[2].unsqueeze(1) | near).unsqueeze(0)

@@ -15,7 +15,8 @@ def favour_latest(importance: Tensor, count: int) -> Tensor:
         return importance
     lifted = importance.clone()
     ranks = torch.arange(1, lifted[..., -count:].shape[-1] + 1, device=importance.device)
-    lifted[..., -count:] = importance.amax() + ranks
+    highest = importance.amax()
+    lifted[..., -count:] = highest + ranks * _step(highest)
     return lifted
 
 
@@ -25,5 +26,11 @@ def favour_earliest(importance: Tensor, count: int) -> Tensor:
     importance: (Hkv, T), finite -> (Hkv, T)
     """
     lifted = importance.clone()
-    lifted[..., :count] = importance.amax() + 1
+    highest = importance.amax()
+    lifted[..., :count] = highest + _step(highest)
     return lifted
+
+
+def _step(highest: Tensor) -> Tensor:
+    """Return a difference that does not drown in the rounding of sums with ``highest``."""
+    return (highest.abs() * 4 * torch.finfo(highest.dtype).eps).clamp(min=1)

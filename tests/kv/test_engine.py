@@ -1,5 +1,6 @@
 """Promises of the engine: shared work, equal answers however work is split, nothing left behind."""
 
+import sys
 from dataclasses import astuple, replace
 
 import pytest
@@ -29,6 +30,7 @@ from pytest_kvguard.policies import POLICIES, get_policy
 from pytest_kvguard.policies.base import Policy
 from pytest_kvguard.policies.budgets import keep_ratio
 from pytest_kvguard.policies.combine import combined
+from pytest_kvguard.policies.observe import window_attention
 from pytest_kvguard.policies.selectors import top_tokens
 from tests.tiny import FAMILIES, family, llama, tokens
 
@@ -169,6 +171,41 @@ def test_a_shared_context_is_prefilled_once_whatever_the_grid():
     assert small.prefills == large.prefills == 1
     apart = [Prompt(p.ids, context=0) for p in prompts()]
     assert run(family("llama"), apart, [])[0].prefills == len(apart)
+
+
+RATING = [
+    *POLICIES,
+    "criticalkv|fair",
+    "fastgen|fair",
+    "adakv|boundary",
+    "snapkv|reuse",
+    "shotkv+h2o@0.5",
+]
+
+
+@pytest.mark.parametrize("spec", RATING)
+def test_a_new_ratio_rates_nothing_under_any_policy(spec, monkeypatch):
+    """Neither importance nor attention is computed again, whatever the selection looks at."""
+    rated, policy = [], get_policy(spec)
+
+    def counting(function):
+        def counted(*args):
+            rated.append(function)
+            return function(*args)
+
+        return counted
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("pytest_kvguard.policies.") and hasattr(module, "window_attention"):
+            monkeypatch.setattr(module, "window_attention", counting(window_attention))
+    policy = replace(policy, importance=counting(policy.importance))
+    counts = []
+    for ratios in ((0.75,), (0.8, 0.75, 0.7)):
+        rated.clear()
+        grid, _ = run(family("llama"), prompts(), [Cell(policy, ratio) for ratio in ratios])
+        answers(grid)
+        counts.append(len(rated))
+    assert counts[0] == counts[1] > 0
 
 
 def test_a_new_ratio_costs_no_prefill_and_no_rating():

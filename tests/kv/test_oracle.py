@@ -145,11 +145,12 @@ EVICTING = [
     "shotkv(window=5)+h2o@0.4",
     "shotkv+scope(strategy=discontinuous, window=3, recent=2, every=3)",
 ]
+RAGGED = ["adakv(window=5, floor=0.0)+h2o@0.5", "adapyramidkv(window=5, floor=0.0)+tova@0.4"]
 
 
 @pytest.mark.parametrize("width", [1, 8], ids=["step by step", "in one go"])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-@pytest.mark.parametrize("policy", EVICTING)
+@pytest.mark.parametrize("policy", [*EVICTING, *RAGGED])
 def test_evicting_while_decoding_equals_masking(policy, name, width):
     model, rule = family(name), policy_of(policy)
     seam = Seam(model)

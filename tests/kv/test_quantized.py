@@ -34,48 +34,50 @@ STORAGES = {
     "int8": MODIFIERS["int8"](),
     "fp8": MODIFIERS["fp8"](),
 }
+QUERY_HEADS = 4
 WIDTHS = pytest.mark.parametrize("width", [1, 3, 8], ids=["step by step", "in threes", "in one go"])
 
 
 def rounded(tokens: Tensor, count: int, codec) -> Tensor:
-    """The first ``count`` of (Hkv, n, D) as codes would restore them, the others as they are."""
-    restored = codec.decode(codec.encode(tokens[:, :count]))
-    return torch.cat([restored, tokens[:, count:]], dim=1)
+    """The first ``count`` of (n, D) as codes would restore them, the others as they are."""
+    restored = codec.decode(codec.encode(tokens[None, :count]))[0]
+    return torch.cat([restored, tokens[count:]])
 
 
 class RoundedCache(DynamicCache):
-    """Remembers every key and value as the model made it; shows them as they would be stored."""
+    """Remembers every key and value as the model made it; shows them as they would be stored.
+
+    Heads that hold less than others are shown with zeros behind, which a mask must hide.
+    """
 
     def __init__(self, held: Prefill, storage: Storage, masks: list[Tensor] | None) -> None:
         super().__init__()
         self.storage, self.seen = storage, []
         for index, layer in enumerate(held.layers):
-            pair = layer.keys[:, :-1], layer.values[:, :-1]
+            pair = list(layer.keys[:, :-1]), list(layer.values[:, :-1])
             if masks is not None:
                 kept = masks[index][:, :-1]
-                pair = tuple(
-                    torch.stack([head[mask] for head, mask in zip(x, kept, strict=True)])
-                    for x in pair
-                )
+                pair = tuple([head[m] for head, m in zip(x, kept, strict=True)] for x in pair)
             self.seen.append(pair)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        keys, values = self.seen[layer_idx]
-        keys, values = torch.cat([keys, key_states[0]], 1), torch.cat([values, value_states[0]], 1)
-        self.seen[layer_idx] = keys, values
-        storage, n = self.storage, keys.shape[1]
-        if storage.residual:  # what was encoded before this token came
-            old = n - 1
-            coded = old - old % storage.residual, max(0, old - storage.residual)
-        else:
-            coded = n, n
-        return (
-            rounded(keys, coded[0], storage.keys)[None],
-            rounded(values, coded[1], storage.values)[None],
+        new, storage, shown = (key_states[0], value_states[0]), self.storage, []
+        self.seen[layer_idx] = tuple(
+            [torch.cat([head, one]) for head, one in zip(heads, ones, strict=True)]
+            for heads, ones in zip(self.seen[layer_idx], new, strict=True)
         )
+        for which, heads in enumerate(self.seen[layer_idx]):
+            parts = []
+            for head in heads:
+                n, residual = len(head), storage.residual
+                old = n - 1  # what was encoded before this token came
+                coded = (old - old % residual, max(0, old - residual)) if residual else (n, n)
+                parts.append(rounded(head, coded[which], (storage.keys, storage.values)[which]))
+            shown.append(torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)[None])
+        return tuple(shown)
 
     def get_seq_length(self, layer_idx=0):
-        return self.seen[layer_idx or 0][0].shape[1]
+        return max(len(head) for head in self.seen[layer_idx or 0][0])
 
     def get_mask_sizes(self, *args, **kwargs):
         return self.get_seq_length() + 1, 0
@@ -114,13 +116,21 @@ def test_what_eviction_leaves_is_stored_in_the_same_way(storage, width):
     check(family("llama"), STORAGES[storage](policy_of("snapkv")), width)
 
 
+@WIDTHS
+@pytest.mark.parametrize("storage", STORAGES)
+def test_heads_that_hold_different_numbers_are_stored_in_the_same_way(storage, width):
+    adakv = get_policy("adakv(window=5, floor=0.0)")
+    check(family("llama"), STORAGES[storage](adakv), width)
+
+
 def check(model: PreTrainedModel, policy: Policy, width: int) -> None:
     seam = Seam(model)
     with seam.open():
         held, masks, kept = compressed(seam, policy)
         own = feed(seam, Rows([kept], quantized(policy.store)), width)
         plain = feed(seam, Rows([kept]), width)
-    expected = stock_steps(model, RoundedCache(held, policy.store, masks))
+    hidden = {layer.layer: shown_of(layer.held) for layer in kept.layers}
+    expected = stock_steps(model, RoundedCache(held, policy.store, masks), hidden)
     torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(own, plain, rtol=1e-3, atol=1e-3)  # something was lost
 
@@ -138,6 +148,15 @@ def test_evicting_from_codes_while_decoding_equals_hiding_them(policy, storage, 
         own = feed(seam, Rows([kept], make), width)
     expected = stock_steps(model, RoundedCache(held, rule.store, masks), seen)
     torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-3)
+
+
+def shown_of(held: Tensor) -> list[Tensor]:
+    """For each token fed, (1, Hq, 1, arrivals): which places of a head were filled."""
+    filled = [held + fed for fed in range(1, len(ANSWER) + 2)]  # (Hkv,)
+    places = [torch.arange(int(count.max())) < count[:, None] for count in filled]
+    return [
+        shown.repeat_interleave(QUERY_HEADS // len(held), dim=0)[None, :, None] for shown in places
+    ]
 
 
 def what_is_seen(seam: Seam, rows: Rows) -> dict[int, list[Tensor]]:

@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_kvguard.errors import InvalidArgument
-from pytest_kvguard.policies import get_policy
+from pytest_kvguard.policies import POLICIES, get_policy
 from pytest_kvguard.policies.base import EMPTY, DecodeEviction, DecodeState
-from pytest_kvguard.policies.evict import rolling_slots, victims
+from pytest_kvguard.policies.evict import attention_of_all_heads, rolling_slots, victims
 from tests.strategies import decode_states
 
 
@@ -47,6 +47,32 @@ def test_victims_are_those_of_the_slow_loop(state, data):
     allowed = torch.randint(-2, slots + 1, shape, generator=generator)
     found = victims(eviction(allowed, lambda state: candidates), state)
     assert found.tolist() == slow_victims(state, candidates, allowed)
+
+
+@given(state=decode_states())
+def test_attention_of_all_heads_is_the_mean_over_the_query_heads_that_hold_a_position(state):
+    found = attention_of_all_heads(state)
+    rows, heads, slots = state.positions.shape
+    group = state.weights.shape[1] // heads
+    for row in range(rows):
+        votes: dict[int, list[float]] = {}
+        places = [(head, slot) for head in range(heads) for slot in range(slots)]
+        for head, slot in places:
+            own = state.weights[row, head * group : (head + 1) * group, slot].double().tolist()
+            votes.setdefault(int(state.positions[row, head, slot]), []).extend(own)
+        for head, slot in places:
+            position = int(state.positions[row, head, slot])
+            held = votes[position] if position != EMPTY else [0.0]
+            expected = sum(held) / len(held)
+            assert float(found[row, head, slot]) == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", [n for n in POLICIES if get_policy(n).decode is not None])
+def test_nothing_waits_for_the_device(name):
+    """On a device that holds no numbers, asking for one raises."""
+    state = a_decode_state([*range(8), EMPTY], sums=[0.0] * 9)
+    tensors = {f.name: getattr(state, f.name).to("meta") for f in fields(state)}
+    assert victims(get_policy(name).decode, DecodeState(**tensors)).device.type == "meta"
 
 
 def a_decode_state(positions, sums=None, **changes):

@@ -186,6 +186,12 @@ class TestFavourLatest:
         lifted = favour_latest(torch.tensor([[1.0, 2]]), count)
         assert lifted.argsort(descending=True).tolist() == [order]
 
+    @pytest.mark.parametrize("highest", [2.0**24, 1e30])
+    def test_lifts_above_importances_of_any_size(self, highest):
+        lifted = favour_latest(torch.tensor([[highest, highest * 2, 1, 2, 3]]), 3)
+        assert lifted.argsort(descending=True, stable=True).tolist() == [[4, 3, 2, 1, 0]]
+        assert len(set(lifted[0].tolist())) == 5
+
     def test_lifts_above_the_others_of_any_head(self):
         lifted = favour_latest(torch.tensor([[7.0, 1], [90, 2]]), 1)
         assert lifted[0, 1] == lifted[1, 1] > 90
@@ -198,6 +204,9 @@ class TestFavourEarliest:
         assert (lifted[:, :2] == lifted[0, 0]).all()
         assert lifted[0, 0] > 30
         assert lifted[:, 2].tolist() == [9, 30] == importance[:, 2].tolist()
+
+    def test_lifts_above_importances_of_any_size(self):
+        assert favour_earliest(torch.tensor([[1.0, 1e30]]), 1)[0, 0] > 1e30
 
     @pytest.mark.parametrize("count", [0, 9])
     def test_counts_from_none_to_more_than_there_are(self, count):
