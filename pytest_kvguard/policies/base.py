@@ -10,6 +10,7 @@ Shapes are written with these letters throughout the package:
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -64,12 +65,15 @@ class LayerState:
     passages: tuple[Passage, ...] = ()  # in order; together they are the whole prompt
     special: Tensor | None = None  # (T,) bool; tokens that stand for no text, such as BOS
     punctuation: Tensor | None = None  # (T,) bool; tokens of punctuation alone
-    _seen: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def length(self) -> int:
         """Positions held, T."""
         return self.keys.shape[-2]
+
+    @cached_property
+    def _seen(self) -> dict[Any, Any]:
+        return {}
 
     def once(self, look: Callable[["LayerState"], Seen]) -> Seen:
         """Return ``look(self)``, computed the first time only and forgotten with the state.
