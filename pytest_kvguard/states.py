@@ -74,8 +74,8 @@ def decode_states(draw: st.DrawFn, *, sums: bool = True, max_slots: int = 10) ->
     """Draw rows right after a token of the prompt or of the answer was attended.
 
     Slots are in no order, other ones in each head, and some are free, with sums left over from
-    what they held; heads hold the same positions or their own; attention has ties or none.
-    ``sums``: as for a policy that accumulates.
+    what they held; heads hold the same positions or their own; attention has ties or none; any
+    of the prompt may be protected. ``sums``: as for a policy that accumulates.
     """
     rows, heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
     texture = TEXTURES[draw(st.sampled_from(list(TEXTURES)))]
@@ -88,6 +88,10 @@ def decode_states(draw: st.DrawFn, *, sums: bool = True, max_slots: int = 10) ->
     logits = texture(torch.randn(rows, heads * group, int(newest.max()) + 1, generator=generator))
     weights = logits.gather(2, seen.clamp(min=0)).masked_fill(seen == EMPTY, float("-inf"))
     paid = torch.randint(0, draw(st.sampled_from([1, 3, 99])), positions.shape, generator=generator)
+    chance = draw(st.sampled_from([0, 0.3, 1]))
+    fixed = torch.rand(rows, int(prompt.max()), generator=generator) < chance
+    at = positions.clamp(min=0, max=fixed.shape[1] - 1)
+    of_prompt = (positions != EMPTY) & (positions < prompt[:, None, None])
     return DecodeState(
         weights=weights.softmax(dim=-1),
         sums=paid.float() if sums else None,
@@ -96,6 +100,7 @@ def decode_states(draw: st.DrawFn, *, sums: bool = True, max_slots: int = 10) ->
         prompt_length=prompt,
         budget=torch.randint(1, 9, (rows,), generator=generator),
         ratio=torch.tensor([draw(ratios()) for _ in range(rows)], dtype=torch.float64),
+        protected=of_prompt & fixed[:, None].expand(-1, heads, -1).gather(2, at),
     )
 
 

@@ -29,6 +29,7 @@ from pytest_kvguard.kv.jobs import (
     grown,
     kept_of,
     pages_read,
+    protections,
     question,
     record,
     row_bytes,
@@ -298,5 +299,6 @@ class Engine:
             fresh=torch.tensor([p.compressed for p in prompts], device=device),
             new=tuple(len(p.tail) + stopping.most for p in prompts),
             rotation=self._rotation_for(cell.policy),
+            protected=protections(batch, cells),
         )
         return quantized(store, decoding) if store else evicting(decoding)

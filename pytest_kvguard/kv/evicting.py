@@ -34,6 +34,7 @@ class Decoding:
     fresh: Tensor  # (R,) first position whose attention the prefill has not summed yet
     new: tuple[int, ...]  # tokens each row is fed at the most
     rotation: Rotation | None = None  # keys stay at their index in the cache
+    protected: Tensor | None = None  # (R, P) bool by position, none at the last; None: no such
 
     def take(self, rows: Tensor) -> "Decoding":
         """Go on with these rows only."""
@@ -44,16 +45,26 @@ class Decoding:
             self.fresh[rows],
             self.new,
             self.rotation,
+            None if self.protected is None else self.protected[rows],
         )
+
+    def protects(self, positions: Tensor) -> Tensor | None:
+        """Mark the slots that never go, by their positions, (R, Hkv, C) bool."""
+        if self.protected is None:
+            return None
+        at = positions.clamp(min=0, max=self.protected.shape[1] - 1)
+        known = self.protected[:, None].expand(-1, positions.shape[1], -1)
+        return known.gather(2, at) & (positions != EMPTY)
 
     def slots(self, kept: Sequence[KeptLayer]) -> int:
         """Return how many slots one head needs for what every row keeps of it and for the new."""
         ratios = self.ratio.tolist()
-        return max(self._slots(*row) for row in zip(kept, self.new, ratios, strict=True))
+        fixed = [0] * len(kept) if self.protected is None else self.protected.sum(dim=1).tolist()
+        return max(self._slots(*row) for row in zip(kept, self.new, ratios, fixed, strict=True))
 
-    def _slots(self, layer: KeptLayer, new: int, ratio: float) -> int:
+    def _slots(self, layer: KeptLayer, new: int, ratio: float, fixed: int) -> int:
         held = layer.keys.shape[1]
-        asked = self.eviction.slots(max(layer.budget, held), new, ratio)
+        asked = self.eviction.slots(max(layer.budget, held, fixed + 2), new, ratio)
         return max(held + 1, min(asked, held + new))
 
 
@@ -134,6 +145,7 @@ class EvictingBase(OneWay):
             prompt_length=decoding.prompt_length,
             budget=self.budget,
             ratio=decoding.ratio,
+            protected=decoding.protects(self.positions),
         )
         slot = victims(decoding.eviction, state)  # (R, Hkv)
         gone = (slot != EMPTY) & (newest != EMPTY)[:, None]

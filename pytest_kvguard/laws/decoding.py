@@ -71,6 +71,20 @@ def _newest_stays(trial: DecodeTrial) -> str:
     return "freed the newest token" if freed.any() else ""
 
 
+def _protected_stay(trial: DecodeTrial) -> str:
+    freed, state = trial.frees(trial.state), trial.state
+    if state.protected is not None:
+        slots = (state.positions == freed.unsqueeze(-1)) & state.protected
+        if slots.any():
+            return f"freed {int(slots.sum())} protected slots"
+    fixed = trial.policy.fixed(trial.prompt).nonzero().flatten()
+    for step, later in _decoded(trial):
+        lost = ~(later.positions.unsqueeze(-1) == fixed).any(dim=2)  # (R, Hkv, fixed)
+        if lost.any():
+            return f"freed {int(lost.sum())} protected positions within {step + 1} tokens"
+    return ""
+
+
 def _only_held_candidates_go(trial: DecodeTrial) -> str:
     slots = evict.victims(trial.eviction, trial.state)
     may_go = F.pad(trial.eviction.candidates(trial.state) & trial.state.held, (0, 1), value=True)
@@ -111,6 +125,7 @@ def _slots_have_no_order(trial: DecodeTrial) -> str:
         weights=state.weights.gather(2, order.repeat_interleave(group, dim=1)),
         sums=None if state.sums is None else state.sums.gather(2, order),
         positions=state.positions.gather(2, order),
+        protected=None if state.protected is None else state.protected.gather(2, order),
     )
     same = torch.equal(trial.frees(state), trial.frees(turned))
     return "" if same else "freed another position where slots were in another order"
@@ -125,6 +140,7 @@ def _free_slots_change_nothing(trial: DecodeTrial) -> str:
         weights=F.pad(state.weights, (3, 2)),
         sums=None if sums is None else F.pad(sums, (3, 2), value=-1e6),
         positions=F.pad(state.positions, (3, 2), value=EMPTY),
+        protected=None if state.protected is None else F.pad(state.protected, (3, 2)),
     )
     same = torch.equal(trial.frees(state), trial.frees(wider))
     return "" if same else "freed another position where more slots were free"
@@ -148,6 +164,7 @@ def _rows(state: DecodeState, rows: slice) -> DecodeState:
         prompt_length=state.prompt_length[rows],
         budget=state.budget[rows],
         ratio=state.ratio[rows],
+        protected=None if state.protected is None else state.protected[rows],
     )
 
 
@@ -215,7 +232,9 @@ def _decoded(trial: DecodeTrial) -> Iterator[tuple[int, DecodeState]]:
     own, length, heads = trial.policy.decode_ratio, prompt.length, len(mask)
     ratio = trial.ratio if own is None else own
     most = int(mask.sum(dim=-1).max()) + 1
-    slots = max(trial.eviction.slots(max(budget, most), STEPS + 1, ratio), most)
+    lasting = F.pad(trial.policy.fixed(trial.prompt), (0, STEPS + 1))  # by position
+    least = max(budget, most, int(lasting.sum()) + 2)
+    slots = max(trial.eviction.slots(least, STEPS + 1, ratio), most)
     positions = torch.full((1, heads, slots), EMPTY)
     for head, kept in enumerate(mask):
         positions[0, head, : int(kept.sum())] = kept.nonzero().flatten()
@@ -236,11 +255,13 @@ def _decoded(trial: DecodeTrial) -> Iterator[tuple[int, DecodeState]]:
             prompt_length=torch.tensor([length]),
             budget=torch.tensor([budget]),
             ratio=torch.tensor([ratio], dtype=torch.float64),
+            protected=lasting[positions.clamp(min=0)] & (positions != EMPTY),
         )
         for _ in range(trial.eviction.burst):
             slot = evict.victims(trial.eviction, state).unsqueeze(-1)
             gone = torch.where(slot == EMPTY, state.positions.gather(2, slot.clamp(min=0)), EMPTY)
-            state = replace(state, positions=state.positions.scatter(2, slot.clamp(min=0), gone))
+            left = state.positions.scatter(2, slot.clamp(min=0), gone)
+            state = replace(state, positions=left)
         positions = state.positions
         yield step, state
 
@@ -250,6 +271,7 @@ DECODE_LAWS: dict[str, Law] = {
     "candidates are (R, Hkv, C) bool": _candidates_are_well_formed,
     "allowed is (R,) or (R, Hkv), in whole numbers": _allowed_is_well_formed,
     "the newest token stays": _newest_stays,
+    "protected stay while decoding": _protected_stay,
     "only held candidates go": _only_held_candidates_go,
     "of candidates, the least important, of equals the latest": _least_important_goes,
     "slots have no order": _slots_have_no_order,

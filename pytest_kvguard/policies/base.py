@@ -116,6 +116,7 @@ class DecodeState:
     prompt_length: Tensor  # (R,) tokens of the prompt; generated positions are >= this
     budget: Tensor  # (R,) N this layer was given at prefill
     ratio: Tensor  # (R,) keep ratio while decoding, float64
+    protected: Tensor | None = None  # (R, Hkv, C) bool, held ones that never go; None: no such
 
     @property
     def held(self) -> Tensor:

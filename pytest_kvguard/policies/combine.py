@@ -82,4 +82,5 @@ def _generated(state: DecodeState) -> DecodeState:
         sums=None if state.sums is None else state.sums.masked_fill(~ours, 0.0),
         positions=torch.where(ours, state.positions, EMPTY),
         budget=shares(after_next, state.ratio).clamp(min=0),
+        protected=None if state.protected is None else state.protected & ours,
     )

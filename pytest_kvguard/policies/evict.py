@@ -51,24 +51,31 @@ def _ranks(positions: Tensor) -> Tensor:
 
 
 def evictable(candidates: Tensor, state: DecodeState) -> Tensor:
-    """Return which candidates are held and not the newest token, (R, Hkv, C) bool."""
-    return candidates & state.held & (state.positions != state.newest[:, None, None])
+    """Return which candidates are held, not protected and not the newest, (R, Hkv, C) bool."""
+    old = candidates & state.held & (state.positions != state.newest[:, None, None])
+    return old if state.protected is None else old & ~state.protected
 
 
 def room_for_next(candidates: Tensor, state: DecodeState) -> Tensor:
     """Return how many candidates may be held so that the next token fits the budget, (R, Hkv)."""
     staying = state.held & ~evictable(candidates, state)
-    return rolling_room(state.budget)[:, None] - 1 - staying.sum(dim=-1)
+    if state.protected is not None:
+        staying = staying & ~state.protected
+    return rolling_room(state) - 1 - staying.sum(dim=-1)
 
 
-def rolling_room(budget: Tensor) -> Tensor:
-    """Return the slots of rows that stay within their budget, (R,).
+def rolling_room(state: DecodeState) -> Tensor:
+    """Return what the budget leaves each head beside what is protected, (R, Hkv).
 
     At least two: the token just attended leaves only after the next one has come.
     """
+    rows, heads, _ = state.positions.shape
+    budget = state.budget[:, None].expand(rows, heads)
+    if state.protected is not None:
+        budget = budget - state.protected.sum(dim=-1)
     return budget.clamp(min=2)
 
 
 def rolling_slots(budget: int, new: int, ratio: float) -> int:
-    """Return `rolling_room` for one row: however many tokens are new, they share the budget."""
+    """Return the slots of one row: however many tokens are new, they share the budget."""
     return max(budget, 2)

@@ -32,10 +32,10 @@ def h2o(heavy: float = 0.5) -> Policy:
         return top_tokens(favour_latest(importance, n - share(n, heavy)), n, state)
 
     def candidates(state: DecodeState) -> Tensor:
-        room = rolling_room(state.budget)
-        recent = room - shares(room, heavy)
+        budget = state.budget.clamp(min=2)[:, None]
+        recent = (budget - shares(budget, heavy)).minimum(rolling_room(state))  # (R, Hkv)
         # the next token will be one of the recent, and an old one leaves them
-        return state.positions < (state.newest + 2 - recent)[:, None, None]
+        return state.positions < (state.newest[:, None] + 2 - recent).unsqueeze(-1)
 
     return Policy(
         "h2o",

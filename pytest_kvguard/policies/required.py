@@ -5,8 +5,7 @@ Whitelist: Chen et al., 2025 (The Pitfalls of KV Cache Compression), https://arx
 Differs from the paper: it lists the tokens of one phrase by hand; here parts of a prompt are
 required by their kind, or positions by how far they are from an end.
 
-They stay when the prompt is compressed. A decode phase that evicts prompt tokens, as h2o's does,
-knows nothing of them and may evict them later.
+What is required stays while decoding too.
 """
 
 from collections.abc import Callable

@@ -37,10 +37,8 @@ def streaming_llm(sinks: int = 4, positions: str = "original") -> Policy:
         return recency.expand(state.keys.shape[0], -1)
 
     def candidates(state: DecodeState) -> Tensor:
-        spared = (rolling_room(state.budget) - 2).clamp(
-            max=sinks
-        )  # the newest and the next need two
-        return state.positions >= spared[:, None, None]
+        spared = (rolling_room(state) - 2).clamp(max=sinks)  # the newest and the next need two
+        return state.positions >= spared.unsqueeze(-1)
 
     return Policy(
         "streaming_llm",

@@ -70,7 +70,7 @@ def test_attention_of_all_heads_is_the_mean_over_the_query_heads_that_hold_a_pos
 @pytest.mark.parametrize("name", [n for n in POLICIES if get_policy(n).decode is not None])
 def test_nothing_waits_for_the_device(name):
     """On a device that holds no numbers, asking for one raises."""
-    state = a_decode_state([*range(8), EMPTY], sums=[0.0] * 9)
+    state = protected(a_decode_state([*range(8), EMPTY], sums=[0.0] * 9), 2, 3)
     tensors = {f.name: getattr(state, f.name).to("meta") for f in fields(state)}
     assert victims(get_policy(name).decode, DecodeState(**tensors)).device.type == "meta"
 
@@ -133,6 +133,25 @@ class TestStreamingLLM:
         policy = get_policy("streaming_llm(sinks=4)")
         assert victim(policy, a_decode_state([0, 1, 2, 9])) == 2
         assert victim(policy, a_decode_state([0, 9])) == 0
+
+
+def protected(state, *positions):
+    return replace(state, protected=torch.isin(state.positions, torch.tensor(positions)))
+
+
+def test_what_is_protected_stays_and_is_charged_to_the_budget():
+    # N = 6: the next token takes one, two are protected, and so three more may be held
+    state = a_decode_state([8, 0, 1, 4, 5, 7], weights=torch.tensor([[[0, 0, 0.1, 0.2, 0.3, 0.4]]]))
+    assert victim(get_policy("tova"), state) == 0
+    assert victim(get_policy("tova"), protected(state, 0, 1)) == 4
+    fewer = replace(state, budget=torch.tensor([7]))
+    assert victim(get_policy("tova"), protected(fewer, 0, 1)) is None
+
+
+@pytest.mark.parametrize("spec", ["h2o(heavy=0)", "tova", "streaming_llm(sinks=4)"])
+def test_where_all_is_protected_the_newest_token_and_the_next_have_room(spec):
+    state = protected(a_decode_state([0, 1, 2, 3, 8, 9], sums=[1] * 6), 0, 1, 2, 3)
+    assert victim(get_policy(spec), replace(state, budget=torch.tensor([4]))) == 8
 
 
 class TestTova:

@@ -207,6 +207,10 @@ def frees_the_newest(eviction, state):
     return (state.positions == state.newest[:, None, None]).int().argmax(dim=-1)
 
 
+def frees_what_is_protected(eviction, state):
+    return victims(eviction, replace(state, protected=None))
+
+
 def frees_free_slots(eviction, state):
     free = (state.positions == EMPTY).int()
     return torch.where(free.any(dim=-1), free.argmax(dim=-1), victims(eviction, state))
@@ -225,6 +229,7 @@ def frees_the_earliest_of_equals(eviction, state):
 
 ENGINES = {
     "the newest token stays": frees_the_newest,
+    "protected stay while decoding": frees_what_is_protected,
     "only held candidates go": frees_free_slots,
     "of candidates, the least important, of equals the latest": frees_the_earliest_of_equals,
 }
