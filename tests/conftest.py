@@ -1,6 +1,10 @@
 import os
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("shared", deadline=None)  # machines are shared and noisy
+settings.load_profile("shared")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would only wait
 # Some virtual machines advertise AMX and fault on its bfloat16 kernels.

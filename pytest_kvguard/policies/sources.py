@@ -32,9 +32,13 @@ def from_entry_point(spec: Spec) -> Policy:
     """Make a policy of another package, imported now; its name must be one of theirs.
 
     Raises Unavailable for a package that cannot be imported, and InvalidArgument for what is no
-    factory, or makes something else than a Policy.
+    factory, makes something else than a Policy, or bears a name that two packages give.
     """
-    found = next(each for each in entry_points(group=GROUP) if each.name == spec.name)
+    found, *others = (each for each in entry_points(group=GROUP) if each.name == spec.name)
+    if others:
+        raise InvalidArgument(
+            f"{_whose(found)} and {_whose(others[0])} have one name; uninstall one of the packages"
+        )
     try:
         factory = found.load()
     except Exception as problem:  # other people's code

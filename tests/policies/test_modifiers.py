@@ -251,8 +251,16 @@ def test_the_registry_lists_what_is_told_here():
         ("snapkv|whitelist(last=1.5)", "last must be a whole number of at least 0, got 1.5"),
         ("snapkv|boundary(share=0.6)", r"share must be in \[0, 0.5\], for it .*; got 0.6"),
         ("snapkv|reuse(layers=0)", "layers must be a whole number of at least 1, got 0"),
+        ("quest|fair", "quest holds everything, so fair has nothing to keep; use fair with a"),
+        ("quest|boundary", "quest holds everything, so boundary has nothing to keep"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_way_out(spec, message):
     with pytest.raises(InvalidArgument, match=message):
         get_policy(spec)
+
+
+def test_a_parameter_that_policy_and_modifier_share_is_refused_by_name():
+    theirs = replace(get_policy("snapkv"), params={"bits": 3})
+    with pytest.raises(InvalidArgument, match="snapkv and kivi both have a parameter 'bits'"):
+        MODIFIERS["kivi"](bits=4)(theirs)

@@ -106,3 +106,13 @@ def test_a_name_behind_a_colon_is_made_by_the_source_before_it(monkeypatch):
 def test_a_source_nobody_knows_is_named():
     with pytest.raises(UnknownName, match="unknown source of policies 'nowhere'; known: "):
         get_policy("nowhere:Knorm")
+
+
+@pytest.mark.usefixtures("package")
+def test_a_name_that_two_packages_give_is_refused_with_both(tmp_path):
+    about = tmp_path / "kv_rival-2.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: kv-rival\nVersion: 2.0\n")
+    (about / "entry_points.txt").write_text("[pytest_kvguard.policies]\ntheirs = kv_rival:mine\n")
+    with pytest.raises(InvalidArgument, match=r"kv-(rival|theirs).* and .*kv-(rival|theirs)"):
+        get_policy("theirs")
