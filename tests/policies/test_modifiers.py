@@ -29,7 +29,7 @@ CHAINS = (
 )
 
 
-@pytest.mark.parametrize(("base", "modifiers"), zip(TOKENS, cycle(CHAINS), strict=False))
+@pytest.mark.parametrize(("base", "modifiers"), list(zip(TOKENS, cycle(CHAINS), strict=False)))
 def test_a_modified_policy_obeys_every_law(base, modifiers):
     check_policy(get_policy(f"{base}|{modifiers}"), max_examples=4)
 
