@@ -25,6 +25,8 @@ __all__ = ["LAWS", "check_policy", "decode_states", "layer_states", "ratios"]
 LAWS = {**PREFILL_LAWS, **DECODE_LAWS}
 """Every law by name, in the order they are tried; those of decoding on policies that evict then."""
 
+PHASES = (Phase.generate, Phase.shrink)  # to explain takes longer than to find
+
 
 def check_policy(policy: Policy, *, max_examples: int = 50) -> None:
     """Try every law on a policy and on its decode phase; the same states each time.
@@ -65,7 +67,7 @@ def _obey(
         database=None,
         derandomize=True,
         report_multiple_bugs=False,
-        phases=[Phase.generate, Phase.shrink],  # to explain takes longer than to find
+        phases=PHASES,
         suppress_health_check=[HealthCheck.too_slow],
     )
     @given(**drawn)

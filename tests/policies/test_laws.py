@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import Phase
 
+from pytest_kvguard import laws
 from pytest_kvguard.errors import Refused
 from pytest_kvguard.laws import LAWS, check_policy
 from pytest_kvguard.policies import POLICIES, evict, get_policy
@@ -240,11 +242,19 @@ def test_there_is_a_fault_for_every_law():
     assert FAULTS.keys() | ENGINES.keys() == LAWS.keys()
 
 
+@pytest.fixture
+def unshrunk(monkeypatch):
+    """The first state that breaks a law will do; the smallest takes most of the time."""
+    monkeypatch.setattr(laws, "PHASES", (Phase.generate,))
+
+
+@pytest.mark.usefixtures("unshrunk")
 @pytest.mark.parametrize("law", FAULTS)
 def test_a_broken_law_is_named_in_the_first_line(law):
     assert_named(law, FAULTS[law])
 
 
+@pytest.mark.usefixtures("unshrunk")
 @pytest.mark.parametrize("law", ENGINES)
 def test_a_law_that_is_kept_for_every_policy_is_tried_all_the_same(law, monkeypatch):
     monkeypatch.setattr(evict, "victims", ENGINES[law])
