@@ -15,7 +15,6 @@ from pytest_kvguard.policies import get_policy
 from pytest_kvguard.policies.base import LayerState, Policy
 from pytest_kvguard.policies.budgets import keep_ratio
 from pytest_kvguard.policies.recency import favour_latest
-from pytest_kvguard.policies.selectors import top_tokens
 from pytest_kvguard.policies.snapkv import smoothed_votes
 
 WINDOW, KERNEL, SINKS, CHUNK = 32, 5, 4, 20
@@ -81,7 +80,6 @@ def pairs() -> dict[str, Pair]:
             replace(
                 tova,
                 importance=lambda state: favour_latest(tova.importance(state), 1),
-                select=top_tokens,
                 decode=None,
             ),
             lambda kvpress, share: kvpress.TOVAPress(share),

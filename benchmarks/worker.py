@@ -5,7 +5,6 @@ python benchmarks/worker.py ours --cells 12 --out ours.json
 
 import argparse
 import json
-import math
 import resource
 import sys
 import time
@@ -23,6 +22,7 @@ from pytest_kvguard.kv.engine import Engine
 from pytest_kvguard.kv.grid import Cell, Prompt
 from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.models import Loaded, load
+from pytest_kvguard.policies.budgets import share
 from pytest_kvguard.tasks import get_task
 
 SIDES = ("ours", "ours_baseline", "kvpress", "kvpress_baseline", "generate")
@@ -132,7 +132,7 @@ def kvpress(loaded: Loaded, prompts: Sequence[Prompt], cells: Cells, new: int) -
                         "context_ids": torch.tensor([prompt.ids[: prompt.context]]),
                         "questions_ids": [torch.tensor([prompt.ids[prompt.context :]])],
                     }
-                    kept = math.floor(prompt.context * ratio + 1e-9) + 0.5  # of all, no less
+                    kept = share(prompt.context, ratio) + 0.5  # of all, no less
                     press = pair.press(kvpress, 1 - kept / prompt.context) if pair else None
                     counted.chosen, counted.leads = [], []
                     with torch.inference_mode():

@@ -1,5 +1,6 @@
 """Rows that evict while decoding: a new token takes the slot of an evicted one."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -68,7 +69,7 @@ class Decoding:
         return max(held + 1, min(asked, held + new))
 
 
-class EvictingBase(OneWay):
+class EvictingBase(OneWay, ABC):
     """One layer of R rows that evicts, however it holds its keys and values."""
 
     def __init__(self, kept: Sequence[AnyKept], decoding: Decoding, slots: int) -> None:
@@ -108,13 +109,13 @@ class EvictingBase(OneWay):
         self.sums = None if self.sums is None else self.sums[rows]
         self._freed, self.decoding = self._freed[rows], self.decoding.take(rows)
 
+    @abstractmethod
     def _write(self, key: Tensor, value: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Hold one token a row, padding dropped; return all keys and values, (R, Hkv, C, D)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _turn(self, by: Tensor) -> None:
         """Turn each key by a number of positions, (R, Hkv, C)."""
-        raise NotImplementedError
 
     def _evict(self, attention: Tensor, newest: Tensor) -> None:
         """Free slots of each head, one after the other. attention: (R, Hq, C), newest: (R,)."""

@@ -180,6 +180,10 @@ class QuantizedEvictingLayer(EvictingBase):
         if self.sums is not None:
             self.sums = self.sums[:, :, : self.positions.shape[-1]]
 
+    def _turn(self, by: Tensor) -> None:
+        """Codes cannot be turned."""
+        raise AssertionError("a Policy refuses to store as codes what moves while decoding")
+
     def _write(self, key: Tensor, value: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Store one token a row, and show keys and values as it reads them."""
         first = self.stored.write(key, value, position[:, None])

@@ -169,10 +169,10 @@ def _rows(state: DecodeState, rows: slice) -> DecodeState:
 
 
 def _prompt_of_whole_units_stays(trial: DecodeTrial) -> str:
+    if not trial.policy.keeps_units:
+        return ""
     freed = trial.frees(trial.state)
-    broken = (
-        trial.policy.keeps_units & (freed != EMPTY) & (freed < trial.state.prompt_length[:, None])
-    )
+    broken = (freed != EMPTY) & (freed < trial.state.prompt_length[:, None])
     return f"freed {int(broken.sum())} positions of the prompt" if broken.any() else ""
 
 
