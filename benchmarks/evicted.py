@@ -8,23 +8,24 @@ and from RAPL on a CPU that lets us; elsewhere it is "not measured".
 
 import argparse
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from pytest_kvguard.kv.compress import Kept, importances, keep, keep_all, keep_masks
+from pytest_kvguard.kv.compress import importances, keep_masks
 from pytest_kvguard.kv.decode import Answer, Stopping, greedy
-from pytest_kvguard.kv.evicting import Decoding, evicting
 from pytest_kvguard.kv.grid import Cell, Prompt
-from pytest_kvguard.kv.prefill import Observe, prefill
+from pytest_kvguard.kv.jobs import Draft, HeldPrompt, Job, kept_of
+from pytest_kvguard.kv.layers import layers_of
+from pytest_kvguard.kv.prefill import About, Observe, prefill
 from pytest_kvguard.kv.rope import find_rotation
-from pytest_kvguard.kv.rows import GrowingLayer, LayerFactory, Rows
+from pytest_kvguard.kv.rows import Rows
 from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.models import Loaded, load
 from pytest_kvguard.policies import get_policy
+from pytest_kvguard.policies.full import full
 
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
@@ -85,18 +86,15 @@ def cost(loaded: Loaded, name: str, args: argparse.Namespace) -> Cost:
     """Read prompts, compress them, and time the decoding of their answers."""
     seam = Seam(loaded.model)
     stopping = Stopping(args.new, frozenset(), (), loaded.decode)
+    cells = [Cell(full(), 1.0) if name == "full" else Cell(get_policy(name), args.ratio)]
     prompts = [random_prompt(loaded, args.prompt, seed) for seed in range(args.rows)]
+    rotation = find_rotation(seam) if cells[0].policy.rerotate else None
     with seam.open():
-        if name == "full":
-            observed = [prefill(seam, prompt.ids, Observe()) for prompt in prompts]
-            kept: list[Kept] = [keep_all(one, args.prompt - 1) for one in observed]
-            make: LayerFactory = GrowingLayer
-        else:
-            cell = Cell(get_policy(name), args.ratio)
-            kept, make = compressed(seam, cell, prompts, args.new)
-        rows = Rows(kept, make)
-        first = sum(one.bytes for one in kept)
-        del kept
+        jobs = [read(seam, index, prompt, cells[0]) for index, prompt in enumerate(prompts)]
+        make = layers_of(jobs, cells, args.new, rotation)
+        rows = Rows([kept_of(job, rotation) for job in jobs], make)
+        first = sum(rows.bytes)
+        del jobs  # and with them the prefills
         answers = [Answer() for _ in prompts]
         wait(loaded)
         meter, began = joules(loaded), time.perf_counter()
@@ -104,46 +102,23 @@ def cost(loaded: Loaded, name: str, args: argparse.Namespace) -> Cost:
         wait(loaded)
         seconds = time.perf_counter() - began
         now = joules(loaded)
-    last = sum(
-        int((layer.positions != -1).sum()) * 2 * layer.keys.shape[-1] * layer.keys.element_size()
-        for layer in rows.layers.values()
-    )
     spent = None if meter is None or now is None else now - meter
-    return Cost(seconds, spent, first, last)
+    return Cost(seconds, spent, first, sum(rows.bytes))
 
 
-def compressed(
-    seam: Seam, cell: Cell, prompts: Sequence[Prompt], new: int
-) -> tuple[list[Kept], LayerFactory]:
-    """Return what a policy leaves of each prompt, and the layers that go on from it."""
+def read(seam: Seam, index: int, prompt: Prompt, cell: Cell) -> Job:
+    """Prefill a prompt and choose what its cell keeps of it."""
     policy = cell.policy
-    rotation = find_rotation(seam) if policy.rerotate else None
-    kept, budgets = [], [0]
-    for prompt in prompts:
-        held = prefill(seam, prompt.ids, Observe(policy.window, policy.needs_sums))
-        states = held.states(prompt.about, prompt.protection(policy, seam.device))
-        masks = keep_masks(policy, importances(policy, states), states, cell.ratio)
-        budgets = [policy.budget(state, cell.ratio) for state in states]
-        kept.append(keep(held, masks, budgets, prompt.fed, rotation))
-    if cell.decode is None:
-        return kept, GrowingLayer
-    count = len(prompts)
-    lengths = torch.tensor([len(prompt.ids) for prompt in prompts], device=seam.device)
-    decoding = Decoding(
-        eviction=cell.decode,
-        ratio=torch.full((count,), cell.decode_ratio, dtype=torch.float64, device=seam.device),
-        prompt_length=lengths,
-        fresh=lengths,
-        slots=cell.decode.slots(max(budgets), new + 1, cell.decode_ratio),
-        rotation=rotation,
-    )
-    return kept, evicting(decoding)
+    observe = Observe(policy.window, policy.needs_sums)
+    held = HeldPrompt(index, prompt, prefill(seam, prompt.ids, observe))
+    states = held.prefill.states(prompt.about, prompt.protection(policy, seam.device))
+    masks = keep_masks(policy, importances(policy, states), states, cell.ratio)
+    budgets = [policy.budget(state, cell.ratio) for state in states]
+    return Job(Draft(held, [], torch.empty(0)), 0, masks, budgets)
 
 
 def random_prompt(loaded: Loaded, length: int, seed: int) -> Prompt:
     """Draw tokens, in units of fifty for policies that keep units."""
-    from pytest_kvguard.kv.prefill import About
-
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, loaded.model.config.vocab_size, (length,), generator=generator)
     units = tuple((range(at, at + 50),) for at in range(0, length - 60, 50))

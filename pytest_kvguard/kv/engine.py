@@ -9,13 +9,11 @@ through the model together, as many as memory allows.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
 
-import torch
 from torch import Tensor
 
 from pytest_kvguard.kv.chunks import chunks
 from pytest_kvguard.kv.compress import importances, keep_masks
 from pytest_kvguard.kv.decode import Answer, Stopping, greedy, judge, score_draft
-from pytest_kvguard.kv.evicting import Decoding, evicting
 from pytest_kvguard.kv.grid import Cell, Grid, Outcome, Prompt
 from pytest_kvguard.kv.jobs import (
     LOGIT_BYTES,
@@ -24,22 +22,19 @@ from pytest_kvguard.kv.jobs import (
     Job,
     Question,
     by_context,
-    decoding_alike,
     fail,
     grown,
     kept_of,
-    pages_read,
-    protections,
     question,
     record,
     row_bytes,
 )
+from pytest_kvguard.kv.layers import decoding_alike, layers_of
 from pytest_kvguard.kv.own import OwnPrefills, prefills_alone
 from pytest_kvguard.kv.prefill import Observe, prefill
-from pytest_kvguard.kv.quantized import quantized
-from pytest_kvguard.kv.reading import read_shares, reading
+from pytest_kvguard.kv.reading import read_shares
 from pytest_kvguard.kv.rope import Rotation, find_rotation
-from pytest_kvguard.kv.rows import LayerFactory, Rows, growing
+from pytest_kvguard.kv.rows import Rows
 from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.kv.selfcheck import check_faithful
 from pytest_kvguard.policies.base import LayerState, Policy
@@ -217,7 +212,7 @@ class Engine:
                     job = Job(draft, index, [], [layer.budget for layer in kept.layers], kept)
                 else:
                     if id(policy) not in rated:
-                        mask = held.prompt.protection(policy, held.prefill.layers[0].keys.device)
+                        mask = held.prompt.protection(policy, held.device)
                         turn = rotation.turn if rotation else None
                         states = held.prefill.states(held.prompt.about, mask, turn)
                         rated[id(policy)] = importances(policy, states), states
@@ -238,7 +233,7 @@ class Engine:
         rotations = [self._rotation_for(cells[job.cell].policy) for job in batch]
         kept = [kept_of(job, turn) for job, turn in zip(batch, rotations, strict=True)]
         tails = [job.draft.held.prompt.tail for job in batch]
-        make = self._layers(batch, cells, stopping)
+        make = layers_of(batch, cells, stopping.most, rotations[0])
         rows = Rows(kept, make)
         sizes = rows.bytes
         logits = score_draft(self.seam, rows, tails, [job.draft.tokens for job in batch])
@@ -255,7 +250,7 @@ class Engine:
             pending: list[list[int]] = [answers[i].tokens[-1:] for i in going]
             greedy(self.seam, rows, pending, [answers[i] for i in going], stopping)
         elif going:  # what was evicted or encoded while reading the draft is gone: start over
-            make = self._layers([batch[i] for i in going], cells, stopping)
+            make = layers_of([batch[i] for i in going], cells, stopping.most, rotations[0])
             rows = Rows([kept[i] for i in going], make)
             pending = [[*tails[i], *answers[i].tokens] for i in going]
             greedy(self.seam, rows, pending, [answers[i] for i in going], stopping)
@@ -277,28 +272,3 @@ class Engine:
         if self._rotation is None:
             self._rotation = find_rotation(self.seam)
         return self._rotation
-
-    def _layers(
-        self, batch: Sequence[Job], cells: Sequence[Cell], stopping: Stopping
-    ) -> LayerFactory:
-        """Choose how the layers of a batch decode; all its rows decode alike."""
-        cell = cells[batch[0].cell]
-        store = cell.policy.store
-        if cell.policy.read:
-            pages = [pages_read(job, cells[job.cell]) for job in batch]
-            return reading(cell.policy.read, torch.tensor(pages, device=self.seam.device))
-        if cell.decode is None:
-            return quantized(store) if store else growing
-        prompts = [job.draft.held.prompt for job in batch]
-        ratios = [cells[job.cell].decode_ratio for job in batch]
-        device = self.seam.device
-        decoding = Decoding(
-            eviction=cell.decode,
-            ratio=torch.tensor(ratios, dtype=torch.float64, device=device),
-            prompt_length=torch.tensor([len(p.ids) for p in prompts], device=device),
-            fresh=torch.tensor([p.compressed for p in prompts], device=device),
-            new=tuple(len(p.tail) + stopping.most for p in prompts),
-            rotation=self._rotation_for(cell.policy),
-            protected=protections(batch, cells),
-        )
-        return quantized(store, decoding) if store else evicting(decoding)

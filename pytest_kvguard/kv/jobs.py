@@ -5,19 +5,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from pytest_kvguard.kv.compress import Kept, keep, keep_all
 from pytest_kvguard.kv.decode import Answer, Stopping
-from pytest_kvguard.kv.grid import Cell, Outcome, Prompt
+from pytest_kvguard.kv.grid import Outcome, Prompt
 from pytest_kvguard.kv.prefill import Prefill
-from pytest_kvguard.kv.reading import ALL
 from pytest_kvguard.kv.rope import Rotation
 from pytest_kvguard.kv.rows import GROWTH
-from pytest_kvguard.policies.base import Policy
-from pytest_kvguard.policies.budgets import whole_pages
 
 LOGIT_BYTES = 12  # a float32 logit, its log-softmax, and the reference's
 
@@ -29,6 +24,11 @@ class HeldPrompt:
     index: int
     prompt: Prompt
     prefill: Prefill
+
+    @property
+    def device(self) -> torch.device:
+        """Where its keys and values are."""
+        return self.prefill.layers[0].keys.device
 
     @property
     def full(self) -> Kept:
@@ -81,21 +81,6 @@ def by_context(prompts: Sequence[Prompt]) -> list[list[int]]:
     return list(groups.values())
 
 
-def decoding_alike(cells: Sequence[Cell]) -> list[list[int]]:
-    """Group the indices of cells whose rows are decoded side by side.
-
-    Those whose heads hold different numbers are apart: attention goes head by head there.
-    """
-    groups: dict[int | str, list[int]] = {}
-    for index, cell in enumerate(cells):
-        policy = cell.policy
-        key: int | str = "ragged" if policy.shares_heads else "even"
-        if cell.decode or policy.store or policy.read:
-            key = id(policy)
-        groups.setdefault(key, []).append(index)
-    return list(groups.values())
-
-
 def fail(outcome: Outcome, held: HeldPrompt, problem: Exception) -> None:
     """Note the first prompt that a cell failed on; its other prompts are not tried."""
     if outcome.problem is None:
@@ -117,39 +102,6 @@ def row_bytes(job: Job) -> int:
     tokens = job.most + len(prompt.tail) + len(job.draft.tokens) + GROWTH
     caches = job.draft.held.full.bytes * tokens // max(1, prompt.fed)
     return caches + job.draft.logits.numel() * LOGIT_BYTES
-
-
-def protections(batch: Sequence[Job], cells: Sequence[Cell]) -> Tensor | None:
-    """Mark by position what no row may evict while decoding, (R, P) bool; None: nothing anywhere.
-
-    The last place is no position of any prompt.
-    """
-    rows = [(job.draft.held, cells[job.cell].policy) for job in batch]
-    if not any(held.prompt.protected or policy.stays for held, policy in rows):
-        return None
-    return F.pad(pad_sequence([lasting(*row) for row in rows], batch_first=True), (0, 1))
-
-
-def lasting(held: HeldPrompt, policy: Policy) -> Tensor:
-    """Mark what stays while decoding, (tokens of the prompt,) bool.
-
-    What the prompt protects, and the policy in some layer; not a token because it is fed again.
-    """
-    prompt, device = held.prompt, held.prefill.layers[0].keys.device
-    mask = torch.zeros(len(prompt.ids), dtype=torch.bool, device=device)
-    mask[list(prompt.protected)] = True
-    if policy.stays is not None:
-        for state in held.prefill.states(prompt.about, mask[: prompt.compressed].clone()):
-            mask[: prompt.compressed] |= policy.stays(state)
-    return mask
-
-
-def pages_read(job: Job, cell: Cell) -> int:
-    """Pages a query may read under a policy that reads in pages."""
-    how = cell.policy.read
-    if how is None or cell.ratio >= 1:
-        return ALL
-    return whole_pages(job.draft.held.prompt.compressed, cell.ratio, how.page)
 
 
 def kept_of(job: Job, rotation: Rotation | None) -> Kept:
