@@ -15,9 +15,9 @@ from statistics import median
 import torch
 
 from pytest_kvguard.kv.compress import importances, keep_masks
-from pytest_kvguard.kv.decode import Answer, Stopping, greedy
+from pytest_kvguard.kv.decode import Answer, Draft, Stopping, greedy
 from pytest_kvguard.kv.grid import Cell, Prompt
-from pytest_kvguard.kv.jobs import Draft, HeldPrompt, Job, kept_of
+from pytest_kvguard.kv.jobs import HeldPrompt, Job, kept_of
 from pytest_kvguard.kv.layers import layers_of
 from pytest_kvguard.kv.prefill import About, Observe, prefill
 from pytest_kvguard.kv.rope import find_rotation
@@ -114,7 +114,7 @@ def read(seam: Seam, index: int, prompt: Prompt, cell: Cell) -> Job:
     states = held.prefill.states(prompt.about, prompt.protection(policy, seam.device))
     masks = keep_masks(policy, importances(policy, states), states, cell.ratio)
     budgets = [policy.budget(state, cell.ratio) for state in states]
-    return Job(Draft(held, [], torch.empty(0)), 0, masks, budgets)
+    return Job(held, Draft([], torch.empty(0)), 0, masks, budgets)
 
 
 def random_prompt(loaded: Loaded, length: int, seed: int) -> Prompt:

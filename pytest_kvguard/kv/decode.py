@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import takewhile
 
 import torch.nn.functional as F
@@ -97,28 +98,42 @@ def score_draft(
     return [logits[row, width - len(draft) :] for row, draft in enumerate(drafts)]
 
 
-def judge(own: Tensor, full: Tensor, draft: Sequence[int], tail: int) -> Answer:
-    """Turn a row's logits over a draft into the answer it would have written so far.
+@dataclass(frozen=True)
+class Draft:
+    """An answer of the full cache and the logits that decided it."""
 
-    own, full: (len(draft), V) logits of the row and of the full cache. An answer that agrees all
-    along is the whole draft; another ends with the first token on which the row differs.
+    tokens: list[int]
+    logits: Tensor  # (len(tokens), V)
+
+    @cached_property
+    def choices(self) -> list[int]:
+        """What the full cache chooses at each token, when the answer is read in one go."""
+        return self.logits.argmax(dim=-1).tolist()
+
+    @cached_property
+    def log_probabilities(self) -> Tensor:
+        """In nats, (len(tokens), V) float32."""
+        return F.log_softmax(self.logits.float(), -1)
+
+
+def judge(own: Tensor, draft: Draft, tail: int) -> Answer:
+    """Turn a row's logits over a draft, (len(draft), V), into what it would have written so far.
+
+    An answer that agrees all along is the whole draft; another ends with the first token on which
+    the row differs. tail: tokens of the prompt that were fed before the draft.
     """
     writes = own.argmax(dim=-1).tolist()
-    same = shared(writes, draft)
-    tokens = list(draft) if same == len(draft) else [*draft[:same], writes[same]]
-    kl, agreement = divergence(full, own)
-    return Answer(tokens, kl, agreement, forwards=1, fed=tail + len(draft) - 1)
+    same = shared(writes, draft.tokens)
+    tokens = list(draft.tokens) if same == len(writes) else [*draft.tokens[:same], writes[same]]
+    kl = divergence(draft.log_probabilities, F.log_softmax(own.float(), -1))
+    alike = sum(a == b for a, b in zip(writes, draft.choices, strict=True))
+    return Answer(tokens, kl, alike / len(writes), forwards=1, fed=tail + len(writes) - 1)
 
 
-def divergence(full: Tensor, own: Tensor) -> tuple[float, float]:
-    """Compare two runs over the same tokens. full, own: (n, V) logits.
-
-    Returns the mean KL(full || own) in nats and the share of places with the same first choice.
-    """
-    reference, other = F.log_softmax(full.float(), -1), F.log_softmax(own.float(), -1)
-    kl = F.kl_div(other, reference, reduction="none", log_target=True).sum(dim=-1).mean()
-    same = (full.argmax(dim=-1) == own.argmax(dim=-1)).float().mean()
-    return max(0.0, kl.item()), same.item()
+def divergence(full: Tensor, own: Tensor) -> float:
+    """Return the mean KL(full || own) over tokens in nats; log-probabilities (n, V)."""
+    kl = F.kl_div(own, full, reduction="none", log_target=True).sum(dim=-1).mean()
+    return max(0.0, kl.item())
 
 
 def shared(first: Iterable[int], second: Iterable[int]) -> int:

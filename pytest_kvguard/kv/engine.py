@@ -11,28 +11,25 @@ from time import perf_counter
 
 from torch import Tensor
 
+from pytest_kvguard.kv.answering import Answering
 from pytest_kvguard.kv.chunks import chunks
 from pytest_kvguard.kv.compress import importances, keep_masks
-from pytest_kvguard.kv.decode import Answer, Stopping, greedy, judge, score_draft
+from pytest_kvguard.kv.decode import Answer, Draft, Stopping, greedy, score_draft
 from pytest_kvguard.kv.grid import Cell, Grid, Outcome, Prompt
 from pytest_kvguard.kv.jobs import (
     LOGIT_BYTES,
-    Draft,
     HeldPrompt,
     Job,
     Question,
     by_context,
     fail,
     grown,
-    kept_of,
     question,
     record,
-    row_bytes,
 )
-from pytest_kvguard.kv.layers import decoding_alike, layers_of
+from pytest_kvguard.kv.layers import decoding_alike
 from pytest_kvguard.kv.own import OwnPrefills, prefills_alone
 from pytest_kvguard.kv.prefill import Observe, prefill
-from pytest_kvguard.kv.reading import read_shares
 from pytest_kvguard.kv.rope import Rotation, find_rotation
 from pytest_kvguard.kv.rows import Rows
 from pytest_kvguard.kv.seam import Seam
@@ -151,7 +148,7 @@ class Engine:
             outcome = grid.baseline
             outcome.forwards += max(answer.forwards for answer in answers)
             for held, kept, answer in zip(batch, full, answers, strict=True):
-                record(outcome, held, kept, answer, kept.bytes)
+                record(outcome, held, kept.held, answer, kept.bytes)
             outcome.seconds += perf_counter() - started
 
     def _draft_bytes(self, grid: Grid) -> Callable[[HeldPrompt], int]:
@@ -172,23 +169,22 @@ class Engine:
         tokens = [grid.baseline.answers[held.index].tokens for held in part]
         rows = Rows([held.full for held in part])
         logits = score_draft(self.seam, rows, [held.prompt.tail for held in part], tokens)
-        drafts = [Draft(*found) for found in zip(part, tokens, logits, strict=True)]
-        grid.disagreements += sum(
-            draft.logits.argmax(dim=-1).tolist() != draft.tokens for draft in drafts
-        )
+        drafts = [Draft(*found) for found in zip(tokens, logits, strict=True)]
+        grid.disagreements += sum(draft.choices != draft.tokens for draft in drafts)
         own = OwnPrefills(self.seam)
+        room = self.memory // SHARE
+        answering = Answering(self.seam, cells, grid, stopping, room, self._rotation_for)
         for together in decoding_alike(cells):
             # made one by one, for those with prefills of their own hold caches of their own
-            jobs = (job for d in drafts for job in self._select(d, together, cells, grid, own))
-            for batch in chunks(jobs, row_bytes, self.memory // SHARE):
-                try:
-                    self._answer(batch, cells, grid, stopping)
-                except Exception as problem:  # other people's code: its cells fail alone
-                    for job in batch:
-                        fail(grid.cells[job.cell], job.draft.held, problem)
+            answering.run(
+                job
+                for held, draft in zip(part, drafts, strict=True)
+                for job in self._select(held, draft, together, cells, grid, own)
+            )
 
     def _select(
         self,
+        held: HeldPrompt,
         draft: Draft,
         together: Sequence[int],
         cells: Sequence[Cell],
@@ -196,7 +192,6 @@ class Engine:
         own: OwnPrefills,
     ) -> Iterator[Job]:
         """Choose what each cell keeps of a prompt; importance is rated once a policy."""
-        held = draft.held
         rated: dict[int, tuple[list[Tensor], tuple[LayerState, ...]]] = {}
         for index in together:
             cell, outcome = cells[index], grid.cells[index]
@@ -209,7 +204,7 @@ class Engine:
                 if prefills_alone(policy):
                     kept, prefills = own.kept(held.prompt, index, cell, held.prefill, rotation)
                     outcome.prefills += prefills
-                    job = Job(draft, index, [], [layer.budget for layer in kept.layers], kept)
+                    job = Job(held, draft, index, [], [layer.budget for layer in kept.layers], kept)
                 else:
                     if id(policy) not in rated:
                         mask = held.prompt.protection(policy, held.device)
@@ -219,51 +214,11 @@ class Engine:
                     ratings, states = rated[id(policy)]
                     masks = keep_masks(policy, ratings, states, cell.ratio)
                     budgets = [policy.budget(state, cell.ratio) for state in states]
-                    job = Job(draft, index, masks, budgets)
+                    job = Job(held, draft, index, masks, budgets)
             except Exception as problem:  # other people's code: its cell fails alone
                 fail(outcome, held, problem)
                 continue
             yield job
-
-    def _answer(
-        self, batch: Sequence[Job], cells: Sequence[Cell], grid: Grid, stopping: Stopping
-    ) -> None:
-        """Answer one batch of rows: read the drafts, then write on where they are not shared."""
-        started = perf_counter()
-        rotations = [self._rotation_for(cells[job.cell].policy) for job in batch]
-        kept = [kept_of(job, turn) for job, turn in zip(batch, rotations, strict=True)]
-        tails = [job.draft.held.prompt.tail for job in batch]
-        make = layers_of(batch, cells, stopping.most, rotations[0])
-        rows = Rows(kept, make)
-        sizes = rows.bytes
-        logits = score_draft(self.seam, rows, tails, [job.draft.tokens for job in batch])
-        evicted, read = rows.evicted, read_shares(list(rows.layers.values()))
-        answers = [
-            judge(own, job.draft.logits, job.draft.tokens, len(tail))
-            for own, job, tail in zip(logits, batch, tails, strict=True)
-        ]
-        going = [i for i, answer in enumerate(answers) if not stopping.over(answer.tokens)]
-        if going and rows.rewindable:
-            rows.take(going)
-            agreed = [len(tails[i]) + len(answers[i].tokens) - 1 for i in going]
-            rows.rewind([kept[i].length + n for i, n in zip(going, agreed, strict=True)])
-            pending: list[list[int]] = [answers[i].tokens[-1:] for i in going]
-            greedy(self.seam, rows, pending, [answers[i] for i in going], stopping)
-        elif going:  # what was evicted or encoded while reading the draft is gone: start over
-            make = layers_of([batch[i] for i in going], cells, stopping.most, rotations[0])
-            rows = Rows([kept[i] for i in going], make)
-            pending = [[*tails[i], *answers[i].tokens] for i in going]
-            greedy(self.seam, rows, pending, [answers[i] for i in going], stopping)
-        spent = (perf_counter() - started) / sum(answer.fed for answer in answers)
-        for cell in {job.cell for job in batch}:
-            mine = [i for i, job in enumerate(batch) if job.cell == cell]
-            grid.cells[cell].forwards += max(answers[i].forwards for i in mine)
-            grid.cells[cell].seconds += spent * sum(answers[i].fed for i in mine)
-            for i in mine:
-                held = batch[i].draft.held
-                record(grid.cells[cell], held, kept[i], answers[i], sizes[i])
-            grid.cells[cell].read += [] if read is None else [read[i] for i in mine]
-            grid.cells[cell].evicted += sum(evicted[i] for i in mine)
 
     def _rotation_for(self, policy: Policy) -> Rotation | None:
         return self._find_rotation() if policy.rerotate else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pytest_kvguard.kv.compress import Kept, keep, keep_all
-from pytest_kvguard.kv.decode import Answer, Stopping
+from pytest_kvguard.kv.decode import Answer, Draft, Stopping
 from pytest_kvguard.kv.grid import Outcome, Prompt
 from pytest_kvguard.kv.prefill import Prefill
 from pytest_kvguard.kv.rope import Rotation
@@ -37,18 +37,10 @@ class HeldPrompt:
 
 
 @dataclass(frozen=True)
-class Draft:
-    """A prompt with the full cache's answer and the logits that decided it."""
-
-    held: HeldPrompt
-    tokens: list[int]
-    logits: Tensor  # (len(tokens), V)
-
-
-@dataclass(frozen=True)
 class Job:
     """A row to come: one prompt under one cell."""
 
+    held: HeldPrompt
     draft: Draft
     cell: int
     masks: list[Tensor]  # none when it has a cache of its own
@@ -98,9 +90,9 @@ def row_bytes(job: Job) -> int:
     Every head counts as the fullest, for rows decoded together are as long as the longest of them
     head by head.
     """
-    prompt = job.draft.held.prompt
+    prompt = job.held.prompt
     tokens = job.most + len(prompt.tail) + len(job.draft.tokens) + GROWTH
-    caches = job.draft.held.full.bytes * tokens // max(1, prompt.fed)
+    caches = job.held.full.bytes * tokens // max(1, prompt.fed)
     return caches + job.draft.logits.numel() * LOGIT_BYTES
 
 
@@ -108,15 +100,18 @@ def kept_of(job: Job, rotation: Rotation | None) -> Kept:
     """Gather what a row starts from."""
     if job.own is not None:
         return job.own
-    held = job.draft.held
+    held = job.held
     return keep(held.prefill, job.masks, job.budgets, held.prompt.fed, rotation)
 
 
-def record(outcome: Outcome, held: HeldPrompt, kept: Kept, answer: Answer, size: int) -> None:
-    """Add one prompt's answer, and what was held for it, ``size`` bytes, to a cell's outcome."""
+def record(outcome: Outcome, held: HeldPrompt, counts: Tensor, answer: Answer, size: int) -> None:
+    """Add one prompt's answer to a cell's outcome.
+
+    counts: (layers, Hkv) positions it started from, which took ``size`` bytes.
+    """
     again = held.prompt.compressed - held.prompt.fed  # tokens of the prompt that were fed again
     outcome.answers[held.index] = answer
-    outcome.held.append((kept.held.cpu().double() + again) / held.prompt.compressed)
+    outcome.held.append((counts.cpu().double() + again) / held.prompt.compressed)
     outcome.bytes_full += held.full.bytes
     outcome.bytes_held += size
     outcome.tokens += answer.fed

@@ -19,18 +19,19 @@ from pytest_kvguard.policies.budgets import whole_pages
 
 
 def decoding_alike(cells: Sequence[Cell]) -> list[list[int]]:
-    """Group the indices of cells whose rows are decoded side by side.
+    """Group the indices of cells whose rows are decoded side by side, the longest rows first.
 
     Those whose heads hold different numbers are apart: attention goes head by head there.
     """
-    groups: dict[int | str, list[int]] = {}
+    groups: dict[object, list[int]] = {}
     for index, cell in enumerate(cells):
         policy = cell.policy
-        key: int | str = "ragged" if policy.shares_heads else "even"
+        key: object = "ragged" if policy.shares_heads else "even"
         if cell.decode or policy.store or policy.read:
-            key = id(policy)
+            key = id(policy), cell.decode is None
         groups.setdefault(key, []).append(index)
-    return list(groups.values())
+    # Rows of like length beside each other leave little to be padded.
+    return [sorted(group, key=lambda index: -cells[index].ratio) for group in groups.values()]
 
 
 def layers_of(
@@ -42,8 +43,8 @@ def layers_of(
     """
     cell = cells[batch[0].cell]
     store = cell.policy.store
-    prompts = [job.draft.held.prompt for job in batch]
-    device = batch[0].draft.held.device
+    prompts = [job.held.prompt for job in batch]
+    device = batch[0].held.device
     if cell.policy.read:
         pages = [pages_read(job, cells[job.cell]) for job in batch]
         return reading(cell.policy.read, torch.tensor(pages, device=device))
@@ -67,7 +68,7 @@ def protections(batch: Sequence[Job], cells: Sequence[Cell]) -> Tensor | None:
 
     The last place is no position of any prompt.
     """
-    rows = [(job.draft.held, cells[job.cell].policy) for job in batch]
+    rows = [(job.held, cells[job.cell].policy) for job in batch]
     if not any(held.prompt.protected or policy.stays for held, policy in rows):
         return None
     return F.pad(pad_sequence([lasting(*row) for row in rows], batch_first=True), (0, 1))
@@ -92,4 +93,4 @@ def pages_read(job: Job, cell: Cell) -> int:
     how = cell.policy.read
     if how is None or cell.ratio >= 1:
         return ALL
-    return whole_pages(job.draft.held.prompt.compressed, cell.ratio, how.page)
+    return whole_pages(job.held.prompt.compressed, cell.ratio, how.page)

@@ -56,6 +56,14 @@ class ReadingLayer(GrowingLayer):
         super().take(rows)
         self.pages, self.read, self.steps = self.pages[rows], self.read[rows], self.steps[rows]
 
+    def join(self, others: Sequence["ReadingLayer"]) -> None:  # type: ignore[override] # its like
+        """Go on with the rows of other layers behind its own."""
+        super().join(others)
+        every = [self, *others]
+        self.pages = torch.cat([layer.pages for layer in every])
+        self.read = torch.cat([layer.read for layer in every])
+        self.steps = torch.cat([layer.steps for layer in every])
+
     def _put(self, key: Tensor, value: Tensor, writing: Tensor) -> None:
         """Write each new token where its position says; padding is dropped."""
         slots, needed = self.positions.shape[-1], int(writing.max()) + 1

@@ -10,7 +10,7 @@ longest row of that very head.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,9 @@ class RowLayer(Protocol):
     def forget(self, first: Tensor) -> None:
         """Empty the slots of each row from position ``first`` (R,) on."""
 
+    def join(self, others: Sequence[Any]) -> None:
+        """Go on with the rows of like layers behind its own."""
+
     @property
     def bytes(self) -> Tensor:
         """Bytes of what each row holds, (R,), room for new tokens left out."""
@@ -63,9 +66,10 @@ class GrowingLayer:
     def __init__(self, kept: Sequence[KeptLayer]) -> None:
         self.window = kept[0].window
         self.used = max(layer.keys.shape[1] for layer in kept)
-        self.keys = stack([layer.keys for layer in kept], self.used)  # (R, Hkv, C, D)
-        self.values = stack([layer.values for layer in kept], self.used)
-        self.positions = stack([layer.positions for layer in kept], self.used, EMPTY)
+        slots = self.used + GROWTH
+        self.keys = stack([layer.keys for layer in kept], slots)  # (R, Hkv, C, D)
+        self.values = stack([layer.values for layer in kept], slots)
+        self.positions = stack([layer.positions for layer in kept], slots, EMPTY)
         self.freed = torch.zeros(len(kept), dtype=torch.long, device=self.keys.device)
         # Where all heads hold the same positions, one mask serves them all: half the work or less.
         self.alike = bool((self.positions == self.positions[:, :1]).all())
@@ -90,6 +94,17 @@ class GrowingLayer:
     def forget(self, first: Tensor) -> None:
         """Empty the slots of each row from position ``first`` (R,) on."""
         self.positions[self.positions >= first[:, None, None]] = EMPTY
+
+    def join(self, others: Sequence["GrowingLayer"]) -> None:
+        """Go on with the rows of other layers behind its own."""
+        every = [self, *others]
+        slots = max(layer.positions.shape[-1] for layer in every)
+        self.used = max(layer.used for layer in every)
+        self.alike = all(layer.alike for layer in every)
+        self.keys = pile([layer.keys for layer in every], slots)
+        self.values = pile([layer.values for layer in every], slots)
+        self.positions = pile([layer.positions for layer in every], slots, EMPTY)
+        self.freed = torch.cat([layer.freed for layer in every])
 
     @property
     def bytes(self) -> Tensor:
@@ -131,6 +146,11 @@ class RaggedLayer:
         """Empty the slots of each row from position ``first`` (R,) on."""
         for head in self.heads:
             head.forget(first)
+
+    def join(self, others: Sequence["RaggedLayer"]) -> None:
+        """Go on with the rows of other layers behind its own, head by head."""
+        for head, *more in zip(self.heads, *(layer.heads for layer in others), strict=True):
+            head.join(more)
 
     @property
     def freed(self) -> Tensor:
@@ -215,6 +235,12 @@ class Rows:
         for layer in self.layers.values():
             layer.forget(self.next)
 
+    def join(self, others: Sequence["Rows"]) -> None:
+        """Go on with the rows of ``others`` behind its own; these are emptied layer by layer."""
+        for index, layer in self.layers.items():
+            layer.join([other.layers.pop(index) for other in others])
+        self.next = torch.cat([self.next, *(other.next for other in others)])
+
 
 class OneWay:
     """A layer that evicts or encodes: what went is gone."""
@@ -227,6 +253,10 @@ class OneWay:
             "rows that evict or encode cannot be rewound: what went is gone; start over"
         )
 
+    def join(self, others: Sequence[Any]) -> None:
+        """Raise InvalidArgument."""
+        raise InvalidArgument("rows that evict or encode cannot be joined; make them together")
+
 
 def by_head(kept: Sequence[AnyKept]) -> list[tuple[KeptLayer, ...]]:
     """Return for each head what every row keeps of it."""
@@ -234,15 +264,22 @@ def by_head(kept: Sequence[AnyKept]) -> list[tuple[KeptLayer, ...]]:
 
 
 def stack(parts: Sequence[Tensor], slots: int, empty: int = 0) -> Tensor:
-    """Stack (Hkv, n, ...) into (R, Hkv, slots, ...); what is not filled holds ``empty``.
+    """Stack (Hkv, n, ...) into (R, Hkv, slots, ...); what is not filled holds ``empty``."""
+    return pile([part.unsqueeze(0) for part in parts], slots, empty)
 
-    Unfilled slots must hold numbers: attention weight 0 times nan would be nan.
+
+def pile(parts: Sequence[Tensor], slots: int, empty: int = 0) -> Tensor:
+    """Put rows (r, Hkv, n, ...) behind one another, into (R, Hkv, slots, ...).
+
+    What is not filled holds ``empty``, for it must hold numbers: attention weight 0 times nan
+    would be nan.
     """
     first = parts[0]
-    shape = (len(parts), first.shape[0], slots, *first.shape[2:])
-    out = torch.full(shape, empty, dtype=first.dtype, device=first.device)
-    for row, part in enumerate(parts):
-        out[row, :, : part.shape[1]] = part
+    rows = sum(len(part) for part in parts)
+    out = first.new_empty(rows, first.shape[1], slots, *first.shape[3:])
+    for own, part in zip(out.split([len(part) for part in parts]), parts, strict=True):
+        own[:, :, : part.shape[2]] = part
+        own[:, :, part.shape[2] :] = empty
     return out
 
 

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from pytest_kvguard.errors import Unsupported
+from pytest_kvguard.kv import answering
 from pytest_kvguard.kv.compress import importances, keep, keep_all, keep_masks
 from pytest_kvguard.kv.decode import Answer, Stopping, greedy
 from pytest_kvguard.kv.engine import Engine
@@ -24,7 +25,7 @@ from pytest_kvguard.kv.grid import Cell, Grid, Prompt
 from pytest_kvguard.kv.prefill import About, Observe, prefill
 from pytest_kvguard.kv.quantized import quantized
 from pytest_kvguard.kv.reading import reading
-from pytest_kvguard.kv.rows import Rows, growing
+from pytest_kvguard.kv.rows import GROWTH, Rows, growing
 from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.policies import POLICIES, get_policy
 from pytest_kvguard.policies.base import Policy
@@ -255,8 +256,35 @@ def test_keys_and_values_are_copied_once_when_kept_and_once_into_their_row():
         kept = keep(held, masks, budgets, prompt.fed)
     assert allocated.bytes == kept.bytes > 0
     with Allocated(held.layers[0].keys.shape[-1]) as allocated, torch.inference_mode():
-        Rows([kept] * 3)
-    assert allocated.bytes == 3 * kept.bytes
+        rows = Rows([kept] * 3)
+    room = sum(layer.keys.nbytes // layer.keys.shape[1] for layer in kept.layers) * 2 * GROWTH
+    assert allocated.bytes == 3 * (kept.bytes + room)
+    where = [layer.keys.data_ptr() for layer in rows.layers.values()]
+    with seam.open():
+        rows.feed(seam, [[7, 8, 9]] * 3, last=1)  # finds room: nothing is copied again
+    assert [layer.keys.data_ptr() for layer in rows.layers.values()] == where
+
+
+def test_rows_of_many_batches_write_on_together(monkeypatch):
+    calls = {"score_draft": 0, "greedy": 0}
+
+    def counting(name):
+        function = getattr(answering, name)
+
+        def counted(*args):
+            calls[name] += 1
+            return function(*args)
+
+        return counted
+
+    grid_cells = cells("snapkv", "knorm", "adakv", ratios=(0.2, 0.3, 0.4))
+    whole = answers(run(family("llama"), prompts(), grid_cells)[0])
+    for name in calls:
+        monkeypatch.setattr(answering, name, counting(name))
+    split = answers(run(family("llama"), prompts(), grid_cells, memory=400_000)[0])
+    assert split == whole
+    assert calls["score_draft"] > 20  # of 36 rows: one or two fit at a time
+    assert 2 <= calls["greedy"] <= calls["score_draft"] / 4
 
 
 class Allocated(TorchDispatchMode):

@@ -14,7 +14,7 @@ from pytest_kvguard.kv.grid import Cell, Prompt
 from pytest_kvguard.kv.prefill import About, Observe, prefill
 from pytest_kvguard.kv.quantized import quantized
 from pytest_kvguard.kv.rope import find_rotation
-from pytest_kvguard.kv.rows import RaggedLayer, RowLayer, Rows, growing
+from pytest_kvguard.kv.rows import GROWTH, GrowingLayer, RaggedLayer, RowLayer, Rows, growing
 from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.policies import POLICIES, get_policy
 from tests.kv.test_oracle import SMALL
@@ -25,7 +25,6 @@ UNITS = tuple((range(start, start + 6),) for start in range(2, 50, 6))
 ABOUT = About(units=UNITS, special=(0,), punctuation=(7, 8, 31))
 PROMPT = Prompt(tuple(tokens(60)), context=0, about=ABOUT)
 TOKEN = 2 * 12 * 4  # bytes of a key and a value: 12 channels each in float32
-HEADS = 2
 SHARING = ["adakv(window=4, floor=0.0)", "adapyramidkv(window=4)", "fastgen(threshold=0.8)"]
 STORED = "|kivi(bits=4, group=4, residual=4)"
 SPECS = [
@@ -75,10 +74,20 @@ def tensors(holder: object) -> Iterator[Tensor]:
 
 
 def memory(layers: dict[int, RowLayer]) -> int:
-    """Bytes of the storages behind the tensors, less the one free slot that evicting heads have."""
+    """Bytes of the storages behind the tensors, less the room there is for new tokens."""
     own = {t.untyped_storage().data_ptr(): t for layer in layers.values() for t in tensors(layer)}
-    room = sum(isinstance(layer, EvictingLayer) for layer in layers.values()) * HEADS * TOKEN
-    return sum(tensor.untyped_storage().nbytes() for tensor in own.values()) - room
+    return sum(tensor.untyped_storage().nbytes() for tensor in own.values()) - sum(
+        room(layer) for layer in layers.values()
+    )
+
+
+def room(layer: RowLayer) -> int:
+    """Bytes for new tokens: one slot in heads that evict, GROWTH in those that do not."""
+    if isinstance(layer, RaggedLayer):
+        return sum(room(head) for head in layer.heads)
+    slots = 1 if isinstance(layer, EvictingLayer) else 0
+    slots = GROWTH if isinstance(layer, GrowingLayer) else slots
+    return slots * layer.positions.shape[1] * TOKEN if slots else 0
 
 
 @pytest.mark.parametrize("spec", SHARING)
@@ -106,7 +115,7 @@ def test_a_row_takes_the_bytes_it_claims(spec):
     rows = rows_of(spec, kept)
     assert rows.bytes == [memory(rows.layers)]
     if get_policy(spec).store is None:
-        assert rows.bytes == [TOKEN * int(kept.held.sum())]  # nothing is padded
+        assert rows.bytes == [TOKEN * int(kept.held.sum())]  # heads are not padded
 
 
 def test_reports_count_the_bytes_of_the_tensors():
@@ -131,7 +140,7 @@ def test_rows_are_as_long_as_the_longest_of_them_head_by_head():
     for index, layer in rows.layers.items():
         longest = torch.stack([row.layers[index].held for row in kept]).amax(dim=0)
         assert isinstance(layer, RaggedLayer)
-        assert [head.keys.shape[2] for head in layer.heads] == longest.tolist()
+        assert [head.keys.shape[2] for head in layer.heads] == (longest + GROWTH).tolist()
         held = sum(int(row.layers[index].held.sum()) for row in kept)
         assert int(layer.bytes.sum()) == TOKEN * held
 
