@@ -223,7 +223,9 @@ class Rows:
         return all(layer.rewindable for layer in self.layers.values())
 
     def take(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only."""
+        """Go on with these rows only, in the order they have."""
+        if len(rows) == len(self):
+            return
         index = torch.tensor(rows, device=self.next.device)
         for layer in self.layers.values():
             layer.take(index)
