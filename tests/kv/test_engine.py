@@ -265,6 +265,15 @@ def test_keys_and_values_are_copied_once_when_kept_and_once_into_their_row():
     assert [layer.keys.data_ptr() for layer in rows.layers.values()] == where
 
 
+@pytest.mark.parametrize("spec", ["h2o", "h2o|int8", "tova|rerotated"])
+def test_a_cell_that_keeps_all_leaves_the_eviction_of_others_alone(spec):
+    policy = get_policy(spec)
+    both = run(family("llama"), prompts(), [Cell(policy, 1.0), Cell(policy, 0.5)])[0]
+    alone = run(family("llama"), prompts(), [Cell(policy, 0.5)])[0]
+    assert both.cells[1].evicted == alone.cells[0].evicted > 0
+    assert answers(both)[2] == answers(alone)[1]
+
+
 def test_rows_of_many_batches_write_on_together(monkeypatch):
     calls = {"score_draft": 0, "greedy": 0}
 
