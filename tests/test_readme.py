@@ -75,7 +75,7 @@ def test_commands_run(command, pytester, monkeypatch):
     monkeypatch.chdir(ROOT)
     arguments = shlex.split(command)[1:]
     result = pytester.runpytest_inprocess(
-        *arguments, "--kv-limit=6", "-p", "no:cacheprovider", "-k", "facts or one_step"
+        *arguments, "--kv-limit=6", "-p", "no:cacheprovider", "-k", "facts or two_steps"
     )
     result.stdout.fnmatch_lines(["*KV-cache sensitivity of reasoner*", "*facts*shotkv*%*"])
 
