@@ -67,6 +67,23 @@ def test_attention_of_all_heads_is_the_mean_over_the_query_heads_that_hold_a_pos
             assert float(found[row, head, slot]) == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.parametrize("heads", [1, 2, 3, 5, 8])
+def test_heads_that_hold_the_same_round_as_those_that_do_not(heads):
+    generator = torch.Generator().manual_seed(heads)
+    held = torch.stack([torch.randperm(60, generator=generator)[:40] for _ in range(4)])
+    positions = held[:, None].repeat(1, heads, 1)
+    positions[:, :, 5] = EMPTY
+    weights = torch.rand(4, 3 * heads, 40, generator=generator)
+    state = replace(a_decode_state([0]), positions=positions, weights=weights)
+    other = positions.clone()
+    other[0, -1] = other[0, -1].flip(0)  # in other slots: all rows go the long way
+    assert heads == 1 or not torch.equal(other, positions)
+    apart = replace(state, positions=other)
+    torch.testing.assert_close(
+        attention_of_all_heads(apart)[1:], attention_of_all_heads(state)[1:], rtol=0, atol=0
+    )
+
+
 @pytest.mark.parametrize("name", [n for n in POLICIES if get_policy(n).decode is not None])
 def test_nothing_waits_for_the_device(name):
     """On a device that holds no numbers, asking for one raises."""
