@@ -103,16 +103,14 @@ def measure(point: Point, model: str, threads: int) -> dict[str, float]:
     if problems:
         raise SystemExit(f"cells that could not be run: {problems}")
     held = grid.baseline.bytes_full / 2**20
-    value = {"seconds": seconds, "MiB": peak() - before, "full caches": held}
-    return (
-        value
-        | {
-            "tokens": engine.seam.tokens,
-            "forwards": engine.seam.forwards,
-            "prefills": grid.prefills,
-        }
-        | asdict(point)
-    )
+    return asdict(point) | {
+        "seconds": seconds,
+        "MiB": peak() - before,
+        "full caches": held,
+        "tokens": engine.seam.tokens,
+        "forwards": engine.seam.forwards,
+        "prefills": grid.prefills,
+    }
 
 
 def stopping(loaded, new, Stopping):

@@ -106,15 +106,16 @@ class Answering:
         with self._failing([one.job for one in begun]):
             started = perf_counter()
             before = [(one.answer.forwards, one.answer.fed) for one in begun]
-            rows, pending = self._rows(waiting)
+            rows, pending = self._rows(begun, [part.rows for part in waiting])
             greedy(self.seam, rows, pending, [one.answer for one in begun], self.stopping)
             self._note_cost(begun, before, started)
             self._record(begun)
 
-    def _rows(self, waiting: Sequence[Unfinished]) -> tuple[Rows, list[list[int]]]:
+    def _rows(
+        self, begun: Sequence[Begun], parts: Sequence[Rows | None]
+    ) -> tuple[Rows, list[list[int]]]:
         """Return unfinished rows as one, and what each is fed next."""
-        begun = [one for part in waiting for one in part.begun]
-        agreed = [part.rows for part in waiting if part.rows is not None]
+        agreed = [rows for rows in parts if rows is not None]
         if agreed:
             rows, *others = agreed
             rows.join(others)
