@@ -40,9 +40,11 @@ class Pair:
 
 def whole_chunks(importance: Tensor, n: int, state: LayerState) -> Tensor:
     """Keep the best runs of CHUNK positions, as many of them as the ratio leaves of all runs."""
-    starts = range(0, state.length, CHUNK)
     votes = importance.sum(dim=0)
-    means = torch.stack([votes[start : start + CHUNK].mean() for start in starts])
+    whole, rest = votes.split([state.length // CHUNK * CHUNK, state.length % CHUNK])
+    means = whole.unflatten(0, (-1, CHUNK)).mean(dim=1)
+    if len(rest):
+        means = torch.cat([means, rest.mean(dim=0, keepdim=True)])
     kept = means.argsort(descending=True, stable=True)[: n // CHUNK]
     chunk = torch.arange(state.length, device=importance.device) // CHUNK
     return torch.isin(chunk, kept).expand_as(importance)

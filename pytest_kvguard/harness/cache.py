@@ -79,5 +79,6 @@ def compress_text(loaded: Loaded, text: str, policy: Policy, ratio: float) -> Co
         states = held.states(prompt.about, prompt.protection(policy, seam.device), turn)
         masks = keep_masks(policy, importances(policy, states), states, ratio)
         budgets = [policy.budget(state, ratio) for state in states]
-        kept = keep(held, masks, budgets, prompt.fed, rotation if policy.rerotate else None)
+        rerotated = rotation if policy.rerotate else None
+        kept = keep(held, masks, budgets, prompt.fed, rerotated).owned
     return CompressedCache(prompt, kept, full_bytes, loaded)

@@ -1,5 +1,6 @@
 """Answers of jobs: drafts are read side by side, and rows that disagree write on side by side."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,16 +8,18 @@ from time import perf_counter
 
 from torch import Tensor
 
+from pytest_kvguard.kv.borrowing import borrowing
 from pytest_kvguard.kv.chunks import chunks
 from pytest_kvguard.kv.compress import Kept
 from pytest_kvguard.kv.decode import Answer, Stopping, greedy, judge, score_draft
 from pytest_kvguard.kv.grid import Cell, Grid
-from pytest_kvguard.kv.jobs import Job, fail, kept_of, record, row_bytes
+from pytest_kvguard.kv.jobs import Job, cache_bytes, fail, kept_of, record, row_bytes
 from pytest_kvguard.kv.layers import layers_of
 from pytest_kvguard.kv.reading import read_shares
 from pytest_kvguard.kv.rope import Rotation
-from pytest_kvguard.kv.rows import Rows
+from pytest_kvguard.kv.rows import GROWTH, Rows
 from pytest_kvguard.kv.seam import Seam
+from pytest_kvguard.kv.sharing import shareable
 from pytest_kvguard.policies.base import Policy
 
 
@@ -53,6 +56,7 @@ class Answering:
     ) -> None:
         self.seam, self.cells, self.grid, self.stopping = seam, cells, grid, stopping
         self.room, self.rotation_for = room, rotation_for
+        self.growth = min(GROWTH, stopping.most)  # slots for new tokens at first
 
     def run(self, jobs: Iterable[Job]) -> None:
         """Answer jobs whose rows decode alike.
@@ -61,24 +65,45 @@ class Answering:
         more for many rows than for few.
         """
         waiting: list[Unfinished] = []
-        for batch in chunks(jobs, row_bytes, self.room):
+        for batch in chunks(jobs, lambda job: row_bytes(job, self._borrows(job)), self.room):
             with self._failing(batch):
                 waiting += self._read(batch)
-            if sum(one.size for part in waiting for one in part.begun) > self.room:
+            if self._going_on(waiting) > self.room:
                 self._write(waiting)
                 waiting = []
         if waiting:
             self._write(waiting)
+
+    def _borrows(self, job: Job) -> bool:
+        """Whether what a row keeps is looked at where it lies, among what others keep."""
+        cell = self.cells[job.cell]
+        return cell.grows and job.own is None and not cell.policy.rerotate
+
+    def _going_on(self, waiting: Sequence[Unfinished]) -> int:
+        """Bytes that rows take when they write on; those of one prompt may share its prefill."""
+        rows: defaultdict[int, list[Job]] = defaultdict(list)
+        for part in waiting:
+            for one in part.begun:
+                rows[one.job.held.index].append(one.job)
+        total = 0
+        for jobs in rows.values():
+            held = jobs[0].held
+            copied = sum(job.most for job in jobs if self._borrows(job))
+            share = shareable(held.prefill.layers[0].keys) and copied >= held.prompt.fed
+            total += sum(
+                cache_bytes(job, share and self._borrows(job), self.growth) for job in jobs
+            )
+        return total
 
     def _read(self, batch: Sequence[Job]) -> Iterator[Unfinished]:
         """Read the drafts of a batch; yield the rows that are not at their end."""
         started = perf_counter()
         rotations = [self.rotation_for(self.cells[job.cell].policy) for job in batch]
         kept = [kept_of(job, turn) for job, turn in zip(batch, rotations, strict=True)]
-        rows = Rows(kept, layers_of(batch, self.cells, self.stopping.most, rotations[0]))
+        make = layers_of(batch, self.cells, self.stopping.most, rotations[0])
+        # Most rows make this pass and no other, so copies of all they keep would be for nothing.
+        rows = Rows(kept, borrowing if self.cells[batch[0].cell].grows else make)
         held = [(one.length, one.held, size) for one, size in zip(kept, rows.bytes, strict=True)]
-        if rows.rewindable:
-            kept = []  # rows have copies of their own
         tails = [job.held.prompt.tail for job in batch]
         logits = score_draft(self.seam, rows, tails, [job.draft.tokens for job in batch])
         begun = [
@@ -119,6 +144,7 @@ class Answering:
         if agreed:
             rows, *others = agreed
             rows.join(others)
+            rows.own(self.growth)
             return rows, [one.answer.tokens[-1:] for one in begun]
         jobs = [one.job for one in begun]
         rotation = self.rotation_for(self.cells[jobs[0].cell].policy)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from pytest_kvguard.errors import KVGuardError, Refused, Unavailable, Unsupported
-from pytest_kvguard.kv.compress import AnyKept, Kept, KeptLayer, pack
+from pytest_kvguard.kv.compress import AnyKept, Kept, KeptLayer, Source, pack, picked
 from pytest_kvguard.kv.grid import Cell, Prompt
 from pytest_kvguard.kv.prefill import Prefill
 from pytest_kvguard.kv.rope import Rotation
@@ -122,13 +122,11 @@ def _kept(
             f"positions of the prompt; to have keys moved to cache positions, write |rerotated"
         )
     ordered, order = positions.sort(dim=-1)
-    wide = order.unsqueeze(-1)
     return KeptLayer(
         layer=index,
-        keys=keys.gather(1, wide.expand_as(keys)).clone(),
-        values=values.gather(1, wide.expand_as(values)).clone(),
+        source=Source(picked(keys, order), picked(values, order)),
+        index=None,
         positions=ordered,
-        sums=None,
         window=None,
         budget=budget,
     )

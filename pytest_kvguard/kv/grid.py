@@ -75,6 +75,11 @@ class Cell:
         """What goes while decoding; nothing does at ratio 1, which keeps all."""
         return None if self.decode_ratio >= 1 else self.policy.decode
 
+    @property
+    def grows(self) -> bool:
+        """Whether all that is new stays, and all is held and read as it is."""
+        return self.decode is None and self.policy.store is None and self.policy.read is None
+
 
 @dataclass
 class Outcome:

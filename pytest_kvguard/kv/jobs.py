@@ -30,7 +30,7 @@ class HeldPrompt:
         """Where its keys and values are."""
         return self.prefill.layers[0].keys.device
 
-    @property
+    @cached_property
     def full(self) -> Kept:
         """Everything before what is fed again."""
         return keep_all(self.prefill, self.prompt.fed)
@@ -84,16 +84,22 @@ def grown(held: HeldPrompt, new: int) -> int:
     return held.full.bytes * (held.prompt.compressed + new) // max(1, held.prompt.fed)
 
 
-def row_bytes(job: Job) -> int:
-    """Bytes a row takes at the most: what is held, what its draft adds, and the draft's logits.
+def row_bytes(job: Job, borrowed: bool) -> int:
+    """Bytes a row takes at the most while it reads its draft: its cache, and the draft's logits."""
+    logits = job.draft.logits.numel() * LOGIT_BYTES
+    return logits + cache_bytes(job, borrowed, 0 if borrowed else GROWTH)
+
+
+def cache_bytes(job: Job, borrowed: bool, room: int) -> int:
+    """Bytes of what a row holds at the most, with its draft and ``room`` for more tokens.
 
     Every head counts as the fullest, for rows decoded together are as long as the longest of them
-    head by head.
+    head by head. borrowed: what is kept is copied for no more than one layer at a time.
     """
     prompt = job.held.prompt
-    tokens = job.most + len(prompt.tail) + len(job.draft.tokens) + GROWTH
-    caches = job.held.full.bytes * tokens // max(1, prompt.fed)
-    return caches + job.draft.logits.numel() * LOGIT_BYTES
+    token = job.held.full.bytes / max(1, prompt.fed)
+    copied = job.most / len(job.held.prefill.layers) if borrowed else job.most
+    return int(token * (copied + len(prompt.tail) + len(job.draft.tokens) + room))
 
 
 def kept_of(job: Job, rotation: Rotation | None) -> Kept:

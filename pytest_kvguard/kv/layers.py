@@ -27,7 +27,7 @@ def decoding_alike(cells: Sequence[Cell]) -> list[list[int]]:
     for index, cell in enumerate(cells):
         policy = cell.policy
         key: object = "ragged" if policy.shares_heads else "even"
-        if cell.decode or policy.store or policy.read:
+        if not cell.grows:
             key = id(policy), cell.decode is None
         groups.setdefault(key, []).append(index)
     # Rows of like length beside each other leave little to be padded.

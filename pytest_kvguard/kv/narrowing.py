@@ -59,7 +59,7 @@ def narrow(
 
     seam.forward(torch.tensor([ids], device=seam.device), positions[None], drop, last=1)
     whole = Prefill(ids, tuple(held))
-    return keep(whole, masks, budgets, prompt.fed, rotation if policy.rerotate else None)
+    return keep(whole, masks, budgets, prompt.fed, rotation if policy.rerotate else None).owned
 
 
 def _held(step: Step, window: int) -> HeldLayer:
@@ -70,8 +70,8 @@ def _held(step: Step, window: int) -> HeldLayer:
         )
     return HeldLayer(
         layer=step.layer,
-        keys=step.key[0],
-        values=step.value[0],
+        keys=step.key[0].contiguous(),
+        values=step.value[0].contiguous(),
         queries=step.query[0, :, -window:],
         sums=None,
         scaling=step.scaling,

@@ -136,7 +136,8 @@ def _extend(
     held: HeldLayer | None, step: Step, positions: Tensor, observe: Observe
 ) -> tuple[HeldLayer, Tensor]:
     """Add new tokens to a layer; also return what they see, (1, Hq, Q, D)."""
-    keys, values, queries, sums = step.key[0], step.value[0], step.query[0], None
+    queries, sums = step.query[0], None
+    keys, values = step.key[0].contiguous(), step.value[0].contiguous()  # to be picked from
     if held is not None:
         keys = torch.cat([held.keys, keys], dim=1)
         values = torch.cat([held.values, values], dim=1)

@@ -31,7 +31,7 @@ class ReadingLayer(GrowingLayer):
     def __init__(self, kept: Sequence[KeptLayer], reading: Reading, pages: Tensor) -> None:
         super().__init__(kept)
         slot = torch.arange(self.positions.shape[-1], device=self.positions.device)
-        if not ((self.positions == slot) | (self.positions == EMPTY)).all():
+        if any((layer.positions != slot[: layer.positions.shape[-1]]).any() for layer in kept):
             raise InvalidArgument(
                 "what is read in pages must be held in full; do not evict as well"
             )
@@ -42,7 +42,7 @@ class ReadingLayer(GrowingLayer):
     def attend(self, step: Step, asking: Tensor, writing: Tensor) -> Tensor:
         """Write the new tokens and attend in one go, each query to its own pages."""
         self._put(step.key, step.value, writing)
-        seen = visible(self.positions[:, :1], asking[:, None])  # (R, 1, Q, C)
+        seen = visible(self.positions, asking[:, None])  # (R, 1, Q, C)
         chosen = self._choose(step.query, asking)  # (R, Hq, Q, P)
         mask = seen & chosen.repeat_interleave(self.reading.page, dim=-1)
         share = mask.sum(dim=-1).double().mean(dim=1) / seen[:, 0].sum(dim=-1)  # (R, Q)

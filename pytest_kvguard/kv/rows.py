@@ -10,7 +10,7 @@ longest row of that very head.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,9 @@ class RowLayer(Protocol):
     def join(self, others: Sequence[Any]) -> None:
         """Go on with the rows of like layers behind its own."""
 
+    def owned(self, room: int) -> "RowLayer":
+        """Return the same rows fit to go on, if they borrowed so far; room: slots at first."""
+
     @property
     def bytes(self) -> Tensor:
         """Bytes of what each row holds, (R,), room for new tokens left out."""
@@ -59,32 +62,39 @@ LayerFactory = Callable[[Sequence[AnyKept]], RowLayer]
 
 
 class GrowingLayer:
-    """One layer of R rows in which everything new stays."""
+    """One layer of R rows in which everything new stays; ``room``: slots for it at first."""
 
     rewindable = True
 
-    def __init__(self, kept: Sequence[KeptLayer]) -> None:
+    def __init__(self, kept: Sequence[KeptLayer], room: int = GROWTH) -> None:
         self.window = kept[0].window
-        self.used = max(layer.keys.shape[1] for layer in kept)
-        slots = self.used + GROWTH
+        self.used = max(layer.positions.shape[1] for layer in kept)
+        slots = self.used + room
         self.keys = stack([layer.keys for layer in kept], slots)  # (R, Hkv, C, D)
         self.values = stack([layer.values for layer in kept], slots)
-        self.positions = stack([layer.positions for layer in kept], slots, EMPTY)
+        self.positions = stack([seen_by_all(layer) for layer in kept], slots, EMPTY)  # (R, 1, C)
         self.freed = torch.zeros(len(kept), dtype=torch.long, device=self.keys.device)
-        # Where all heads hold the same positions, one mask serves them all: half the work or less.
-        self.alike = bool((self.positions == self.positions[:, :1]).all())
 
     def attend(self, step: Step, asking: Tensor, writing: Tensor) -> Tensor:
         """Append the new tokens and attend in one go."""
-        start, self.used = self.used, self.used + asking.shape[1]
-        self._make_room()
-        self.keys[:, :, start : self.used] = step.key
-        self.values[:, :, start : self.used] = step.value
-        self.positions[:, :, start : self.used] = writing[:, None]
-        told = self.positions[:, : 1 if self.alike else None, : self.used]
-        mask = visible(told, asking[:, None], self.window)
-        keys, values = self.keys[:, :, : self.used], self.values[:, :, : self.used]
+        self.append(step.key, step.value, writing)
+        keys, values, positions = self.filled
+        mask = visible(positions, asking[:, None], self.window)
         return attend(step.query, keys, values, mask, step.scaling)
+
+    @property
+    def filled(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values (R, Hkv, C, D), and positions (R, 1, C), room for more left out."""
+        used = slice(self.used)
+        return self.keys[:, :, used], self.values[:, :, used], self.positions[:, :, used]
+
+    def append(self, keys: Tensor, values: Tensor, writing: Tensor) -> None:
+        """Hold more tokens, (R, Hkv, Q, D), at positions (R, Q)."""
+        start, self.used = self.used, self.used + writing.shape[1]
+        self._make_room()
+        self.keys[:, :, start : self.used] = keys
+        self.values[:, :, start : self.used] = values
+        self.positions[:, :, start : self.used] = writing[:, None]
 
     def take(self, rows: Tensor) -> None:
         """Go on with these rows only."""
@@ -100,16 +110,19 @@ class GrowingLayer:
         every = [self, *others]
         slots = max(layer.positions.shape[-1] for layer in every)
         self.used = max(layer.used for layer in every)
-        self.alike = all(layer.alike for layer in every)
         self.keys = pile([layer.keys for layer in every], slots)
         self.values = pile([layer.values for layer in every], slots)
         self.positions = pile([layer.positions for layer in every], slots, EMPTY)
         self.freed = torch.cat([layer.freed for layer in every])
 
+    def owned(self, room: int) -> "GrowingLayer":
+        """The layer itself: it borrows nothing."""
+        return self
+
     @property
     def bytes(self) -> Tensor:
         """Bytes of what each row holds, (R,)."""
-        return held_bytes(self.positions, self.keys, self.values)
+        return held_bytes(self.positions, self.keys, self.values) * self.keys.shape[1]
 
     def _make_room(self) -> None:
         more = self.used - self.positions.shape[-1]
@@ -152,6 +165,11 @@ class RaggedLayer:
         for head, *more in zip(self.heads, *(layer.heads for layer in others), strict=True):
             head.join(more)
 
+    def owned(self, room: int) -> "RaggedLayer":
+        """Have copies of what is kept, if it was borrowed so far."""
+        self.heads = [head.owned(room) for head in self.heads]
+        return self
+
     @property
     def freed(self) -> Tensor:
         """Slots that were emptied while decoding, over all heads, (R,)."""
@@ -167,6 +185,15 @@ def growing(kept: Sequence[AnyKept]) -> RowLayer:
     """Make a layer in which everything new stays."""
     even = [layer for layer in kept if isinstance(layer, KeptLayer)]
     return GrowingLayer(even) if len(even) == len(kept) else RaggedLayer(kept, growing)
+
+
+def seen_by_all(kept: KeptLayer) -> Tensor:
+    """Positions that stand for those of every head, (1, n).
+
+    Heads hold equally many, and all of it comes before what is fed: who sees it does not depend
+    on the head. Where a window decides, nothing was evicted and heads hold the same.
+    """
+    return kept.positions[:1]
 
 
 class Rows:
@@ -243,6 +270,10 @@ class Rows:
             layer.join([other.layers.pop(index) for other in others])
         self.next = torch.cat([self.next, *(other.next for other in others)])
 
+    def own(self, room: int) -> None:
+        """Make borrowed rows fit to go on; ``room``: slots for new tokens at first."""
+        self.layers = {index: layer.owned(room) for index, layer in self.layers.items()}
+
 
 class OneWay:
     """A layer that evicts or encodes: what went is gone."""
@@ -258,6 +289,10 @@ class OneWay:
     def join(self, others: Sequence[Any]) -> None:
         """Raise InvalidArgument."""
         raise InvalidArgument("rows that evict or encode cannot be joined; make them together")
+
+    def owned(self, room: int) -> Self:
+        """The layer itself: it borrows nothing."""
+        return self
 
 
 def by_head(kept: Sequence[AnyKept]) -> list[tuple[KeptLayer, ...]]:

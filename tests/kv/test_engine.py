@@ -17,6 +17,7 @@ from transformers import (
 
 from pytest_kvguard.errors import Unsupported
 from pytest_kvguard.kv import answering
+from pytest_kvguard.kv.borrowing import BorrowingLayer, borrowing
 from pytest_kvguard.kv.compress import importances, keep, keep_all, keep_masks
 from pytest_kvguard.kv.decode import Answer, Stopping, greedy
 from pytest_kvguard.kv.engine import Engine
@@ -241,7 +242,7 @@ def test_the_full_cache_answers_a_question_once_however_often_it_is_asked():
         assert answers(other) == answers(fresh)
 
 
-def test_keys_and_values_are_copied_once_when_kept_and_once_into_their_row():
+def test_keys_and_values_are_copied_when_rows_are_made_and_not_before():
     seam = Seam(family("llama"))
     prompt, policy = prompts()[0], get_policy("snapkv")
     with seam.open():
@@ -251,18 +252,33 @@ def test_keys_and_values_are_copied_once_when_kept_and_once_into_their_row():
     budgets = [policy.budget(state, 0.5) for state in states]
     with Allocated(held.layers[0].keys.shape[-1]) as allocated, torch.inference_mode():
         keep_all(held, prompt.fed)
-    assert allocated.bytes == 0
-    with Allocated(held.layers[0].keys.shape[-1]) as allocated, torch.inference_mode():
         kept = keep(held, masks, budgets, prompt.fed)
-    assert allocated.bytes == kept.bytes > 0
+        Rows([kept] * 3, borrowing)
+    assert allocated.bytes == 0
     with Allocated(held.layers[0].keys.shape[-1]) as allocated, torch.inference_mode():
         rows = Rows([kept] * 3)
     room = sum(layer.keys.nbytes // layer.keys.shape[1] for layer in kept.layers) * 2 * GROWTH
-    assert allocated.bytes == 3 * (kept.bytes + room)
+    assert allocated.bytes == 3 * (2 * kept.bytes + room)  # picked, and put beside each other
     where = [layer.keys.data_ptr() for layer in rows.layers.values()]
     with seam.open():
         rows.feed(seam, [[7, 8, 9]] * 3, last=1)  # finds room: nothing is copied again
     assert [layer.keys.data_ptr() for layer in rows.layers.values()] == where
+
+
+def test_rows_that_only_read_a_draft_copy_one_layer_at_a_time(monkeypatch):
+    """No row of a layer holds more after a pass than what it was fed."""
+    seen = []
+
+    def attend(self, step, asking, writing):
+        out = original(self, step, asking, writing)
+        seen.append((self.keys.shape[2], writing.shape[1]))
+        return out
+
+    original = BorrowingLayer.attend
+    monkeypatch.setattr(BorrowingLayer, "attend", attend)
+    run(family("llama"), prompts(), cells("snapkv", "knorm"))
+    assert seen
+    assert all(held == fed for held, fed in seen)
 
 
 @pytest.mark.parametrize("spec", ["h2o", "h2o|int8", "tova|rerotated"])
@@ -290,10 +306,9 @@ def test_rows_of_many_batches_write_on_together(monkeypatch):
     whole = answers(run(family("llama"), prompts(), grid_cells)[0])
     for name in calls:
         monkeypatch.setattr(answering, name, counting(name))
-    split = answers(run(family("llama"), prompts(), grid_cells, memory=400_000)[0])
+    split = answers(run(family("llama"), prompts(), grid_cells, memory=300_000)[0])
     assert split == whole
-    assert calls["score_draft"] > 20  # of 36 rows: one or two fit at a time
-    assert 2 <= calls["greedy"] <= calls["score_draft"] / 4
+    assert 2 <= calls["greedy"] < calls["score_draft"] > 8  # of 36 rows, four or so at a time
 
 
 class Allocated(TorchDispatchMode):

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pytest_kvguard.kv.borrowing import borrowing
 from pytest_kvguard.kv.compress import Kept, importances, keep, keep_masks
 from pytest_kvguard.kv.evicting import Decoding, EvictingLayer, evicting
 from pytest_kvguard.kv.grid import Cell, Prompt
 from pytest_kvguard.kv.prefill import About, Observe, Prefill, prefill
 from pytest_kvguard.kv.rope import Rotation, find_rotation
-from pytest_kvguard.kv.rows import GrowingLayer, Rows
+from pytest_kvguard.kv.rows import GrowingLayer, RaggedLayer, RowLayer, Rows
 from pytest_kvguard.kv.seam import Seam
+from pytest_kvguard.kv.sharing import SharingLayer
 from pytest_kvguard.policies import POLICIES, get_policy
 from pytest_kvguard.policies.base import EMPTY, Policy
 from pytest_kvguard.policies.budgets import keep_ratio
@@ -131,6 +133,50 @@ def check_prefill_eviction(model: PreTrainedModel, policy: Policy, width: int) -
     expected = stock_logits(model, hidden_by(seen, held, model.config.num_attention_heads))
     torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(own, plain_logits(model), rtol=1e-2, atol=1e-2)  # something was lost
+
+
+@pytest.mark.parametrize("spec", ["snapkv(window=5)", "adakv(window=5)", "observed_attention"])
+@pytest.mark.parametrize("ratios", [(0.5,), (0.25, 0.5, 0.75), (0.8, 1.0)], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_rows_of_one_prefill_see_what_each_keeps_and_nothing_else(name, ratios, spec):
+    """One that goes on by itself copies what it keeps, several look at the prefill together."""
+    model = family(name)
+    seam, policy, fed = Seam(model), get_policy(spec), [PROMPT[-1], *ANSWER]
+    prompt = Prompt(tuple(PROMPT), context=0)
+    with seam.open():
+        held = prefill(seam, PROMPT, Observe(policy.window, policy.needs_sums))
+        states = held.states(prompt.about, prompt.protection(policy, torch.device("cpu")))
+        rated = importances(policy, states)
+        masks = [keep_masks(policy, rated, states, ratio) for ratio in ratios]
+        budgets = [[policy.budget(state, ratio) for state in states] for ratio in ratios]
+        kept = [keep(held, *row, prompt.fed) for row in zip(masks, budgets, strict=True)]
+        rows = Rows(kept, borrowing)
+        first = rows.feed(seam, [fed[:4]] * len(kept), last=4)
+        rows.rewind([len(PROMPT) + 1] * len(kept))  # two of these were a draft
+        rows.own(2)  # grows when that is full
+        parts = [part for layer in rows.layers.values() for part in parts_of(layer)]
+        assert any(isinstance(part, SharingLayer) for part in parts) == (sum(ratios) > 1)
+        rows.take(range(len(kept)))
+        later = [rows.feed(seam, [fed[at : at + 1]] * len(kept), last=1) for at in range(2, 6)]
+        rows.take([len(kept) - 1])
+        alone = [rows.feed(seam, [fed[6:7]], last=1), rows.feed(seam, [fed[7:]], last=1)]
+    after = torch.ones(len(fed), dtype=torch.bool)  # what is fed sees what was fed
+    for row, chosen in enumerate(masks):
+        seen = {
+            layer.layer: [torch.cat([m[:, :-1], after.expand(len(m), -1)], dim=1)] * len(fed)
+            for layer, m in zip(held.compressible, chosen, strict=True)
+        }
+        hidden = hidden_by(seen, held, model.config.num_attention_heads)
+        expected = stock_logits(model, hidden)
+        own = torch.cat([first[row, :2], *(step[row] for step in later)])
+        if row == len(kept) - 1:
+            own = torch.cat([own, *(step[0] for step in alone)])
+        torch.testing.assert_close(own, expected[: len(own)], rtol=1e-3, atol=1e-3)
+
+
+def parts_of(layer: RowLayer) -> list[RowLayer]:
+    layers = layer.heads if isinstance(layer, RaggedLayer) else [layer]
+    return [part for each in layers for _, part in each.parts]
 
 
 def plain_logits(model: PreTrainedModel) -> Tensor:

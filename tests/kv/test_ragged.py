@@ -85,9 +85,9 @@ def room(layer: RowLayer) -> int:
     """Bytes for new tokens: one slot in heads that evict, GROWTH in those that do not."""
     if isinstance(layer, RaggedLayer):
         return sum(room(head) for head in layer.heads)
-    slots = 1 if isinstance(layer, EvictingLayer) else 0
-    slots = GROWTH if isinstance(layer, GrowingLayer) else slots
-    return slots * layer.positions.shape[1] * TOKEN if slots else 0
+    if isinstance(layer, EvictingLayer):
+        return layer.positions.shape[1] * TOKEN
+    return GROWTH * layer.keys.shape[1] * TOKEN if isinstance(layer, GrowingLayer) else 0
 
 
 @pytest.mark.parametrize("spec", SHARING)
@@ -102,11 +102,11 @@ def test_what_is_kept_takes_the_bytes_of_what_is_held_and_the_rest_is_freed(spec
     kept = kept_of(spec)
     own = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for layer in kept.layers
+        for layer in kept.owned.layers
         for head in layer.heads
-        for tensor in (head.keys, head.values)
+        for tensor in (head.source.keys, head.source.values)
     }
-    assert kept.bytes == sum(own.values()) == TOKEN * int(kept.held.sum())
+    assert kept.bytes == kept.owned.bytes == sum(own.values()) == TOKEN * int(kept.held.sum())
 
 
 @pytest.mark.parametrize("spec", SPECS)
