@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=12, choices=(12, 48))
     parser.add_argument("--contexts", type=int, default=2)
     parser.add_argument("--words", type=int, help="words in a context")
+    parser.add_argument("--question", type=int, help="tokens of a question, from its end")
     parser.add_argument("--new", type=int, default=24, help="most new tokens")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -79,8 +80,9 @@ class Side:
             f"--model={args.model}", f"--cells={args.cells}", f"--contexts={args.contexts}",
             f"--new={args.new}", f"--threads={args.threads}",
         ]  # fmt: skip
-        if args.words is not None:
-            self.settings.append(f"--words={args.words}")
+        for name in ("words", "question"):
+            if getattr(args, name) is not None:
+                self.settings.append(f"--{name}={getattr(args, name)}")
 
     def run(self, name: str, *more: str) -> Done:
         """Run one side; return what it wrote."""

@@ -50,6 +50,12 @@ def whole_chunks(importance: Tensor, n: int, state: LayerState) -> Tensor:
     return torch.isin(chunk, kept).expand_as(importance)
 
 
+def topk(importance: Tensor, n: int, state: LayerState) -> Tensor:
+    """Keep what torch.topk finds, of equals any: tokens said again have equal norms in layer 0."""
+    mask = torch.zeros_like(importance, dtype=torch.bool)
+    return mask.scatter(-1, importance.topk(n).indices, True)
+
+
 def chunk_budget(state: LayerState, ratio: float) -> int:
     """Return the positions that the runs to keep may have."""
     share = (keep_ratio(state, ratio) + 0.5) / state.length
@@ -76,7 +82,10 @@ def pairs() -> dict[str, Pair]:
             replace(get_policy(f"streaming_llm(sinks={SINKS})"), decode=None),
             lambda kvpress, share: kvpress.StreamingLLMPress(share, n_sink=SINKS),
         ),
-        "knorm": Pair(get_policy("knorm"), lambda kvpress, share: kvpress.KnormPress(share)),
+        "knorm": Pair(
+            replace(get_policy("knorm"), select=topk),
+            lambda kvpress, share: kvpress.KnormPress(share),
+        ),
         "snapkv": Pair(snapkv, snap_press),
         "tova": Pair(
             replace(

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, help="the index of one cell to run instead of all")
     parser.add_argument("--contexts", type=int, default=2)
     parser.add_argument("--words", type=int, help="words in a context")
+    parser.add_argument("--question", type=int, help="tokens of a question, from its end")
     parser.add_argument("--new", type=int, default=24, help="most new tokens")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
@@ -45,6 +47,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     loaded = load(args.model)
     prompts = questions(loaded, args.contexts, args.words)
+    if args.question is not None:
+        prompts = [replace(p, ids=p.ids[: p.context] + p.tail[-args.question :]) for p in prompts]
     cells = [(name, ratio) for name in NAMES[args.cells] for ratio in RATIOS[args.cells]]
     if args.only is not None:
         cells = [cells[args.only]]
