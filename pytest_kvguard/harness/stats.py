@@ -130,9 +130,9 @@ def mcnemar(broke: int, mended: int) -> float:
         raise InvalidArgument(f"broke and mended must be >= 0, got {broke!r} and {mended!r}")
     if broke + mended == 0:
         return 1.0
-    from scipy.stats import binomtest
+    from scipy.special import bdtr
 
-    return float(binomtest(broke, broke + mended, 0.5).pvalue)
+    return min(1.0, 2 * float(bdtr(min(broke, mended), broke + mended, 0.5)))
 
 
 def too_weak(base: ArrayLike, chance: float) -> str | None:

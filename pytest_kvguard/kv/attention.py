@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pytest_kvguard.policies.base import EMPTY
 
-ROWS_AT_ONCE = 256  # queries whose weights exist together while columns are summed
+ROWS_AT_ONCE = 64  # queries whose weights exist together while columns are summed: they fit a cache
 
 
 def visible(held: Tensor, asking: Tensor, window: int | None = None) -> Tensor:

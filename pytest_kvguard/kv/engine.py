@@ -16,6 +16,7 @@ from pytest_kvguard.kv.chunks import chunks
 from pytest_kvguard.kv.compress import importances, keep_masks
 from pytest_kvguard.kv.decode import Answer, Draft, Stopping, greedy, score_draft
 from pytest_kvguard.kv.grid import Cell, Grid, Outcome, Prompt
+from pytest_kvguard.kv.heap import keep_freed_memory
 from pytest_kvguard.kv.jobs import (
     LOGIT_BYTES,
     HeldPrompt,
@@ -49,6 +50,7 @@ class Engine:
         self._rotation: Rotation | None = None
         self._faithful = False
         self._answered: dict[Question, list[int]] = {}  # what the full cache said, in tokens
+        keep_freed_memory()
 
     def run(
         self,

@@ -15,7 +15,9 @@ def test_a_model_that_surely_stays_near_guessing_is_hopeless(right, n, chance):
     assert binom.cdf(right, n, chance + MARGIN) < 0.05  # what the bound says, the other way round
 
 
-@pytest.mark.parametrize(("right", "n", "chance"), [(0, 18, 0.0), (2, 20, 0.0), (8, 24, 0.25)])
+@pytest.mark.parametrize(
+    ("right", "n", "chance"), [(0, 18, 0.0), (2, 20, 0.0), (8, 24, 0.25), (9, 9, 0.5)]
+)
 def test_a_model_that_may_still_rise_above_guessing_is_not(right, n, chance):
     assert hopeless([1.0] * right + [0.0] * (n - right), chance) is None
     assert binom.cdf(right, n, chance + MARGIN) >= 0.05
