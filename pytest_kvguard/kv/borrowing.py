@@ -13,7 +13,8 @@ from torch import Tensor
 from pytest_kvguard.kv.attention import attend, visible
 from pytest_kvguard.kv.compress import AnyKept, KeptLayer
 from pytest_kvguard.kv.parted import PartedLayer, alike
-from pytest_kvguard.kv.rows import GrowingLayer, RaggedLayer, RowLayer, seen_by_all, stack
+from pytest_kvguard.kv.piles import side_by_side, stack
+from pytest_kvguard.kv.rows import GrowingLayer, RaggedLayer, RowLayer, seen_by_all
 from pytest_kvguard.kv.seam import Step
 from pytest_kvguard.kv.sharing import SharingLayer, worth_sharing
 from pytest_kvguard.policies.base import EMPTY
@@ -40,13 +41,16 @@ class BorrowingLayer:
         self.values = torch.cat([self.values, step.value], dim=2)
         self.positions = torch.cat([self.positions, writing], dim=1)
         out = torch.empty_like(step.query)
-        for rows in alike([layer.positions.shape[1] for layer in self.kept]):
+        for group in alike([layer.positions.shape[1] for layer in self.kept]):
+            rows = sorted(group)  # those of one prefill follow one another
             kept = [self.kept[row] for row in rows]
-            keys = beside([layer.keys for layer in kept], self.keys[rows])
-            values = beside([layer.values for layer in kept], self.values[rows])
-            own = self.positions[rows].unsqueeze(1)
-            told = beside([seen_by_all(layer) for layer in kept], own, EMPTY)
-            mask = visible(told, asking[rows].unsqueeze(1), self.window)
+            most = max(layer.positions.shape[1] for layer in kept)
+            slots = most + self.positions.shape[1]
+            keys, values = side_by_side(kept, slots)
+            keys[:, :, most:], values[:, :, most:] = self.keys[rows], self.values[rows]
+            positions = stack([seen_by_all(layer) for layer in kept], slots, EMPTY)
+            positions[:, :, most:] = self.positions[rows].unsqueeze(1)
+            mask = visible(positions, asking[rows].unsqueeze(1), self.window)
             out[rows] = attend(step.query[rows], keys, values, mask, step.scaling)
         return out
 
@@ -93,14 +97,6 @@ class BorrowingLayer:
             layer.append(self.keys[rows], self.values[rows], self.positions[rows])
             parts.append((torch.tensor(rows, device=self.freed.device), layer))
         return PartedLayer(parts)
-
-
-def beside(kept: Sequence[Tensor], new: Tensor, empty: int = 0) -> Tensor:
-    """Put what is kept (H, n, ...) before what is new (R, H, Q, ...)."""
-    most = max(part.shape[1] for part in kept)
-    out = stack(kept, most + new.shape[2], empty)
-    out[:, :, most:] = new
-    return out
 
 
 def borrowing(kept: Sequence[AnyKept]) -> RowLayer:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pytest_kvguard.kv.attention import visible, weights
 from pytest_kvguard.kv.compress import AnyKept, KeptLayer
+from pytest_kvguard.kv.piles import stack
 from pytest_kvguard.kv.rope import Rotation
 from pytest_kvguard.kv.rows import (
     LayerFactory,
@@ -17,7 +18,6 @@ from pytest_kvguard.kv.rows import (
     by_head,
     growing,
     held_bytes,
-    stack,
 )
 from pytest_kvguard.kv.seam import Step
 from pytest_kvguard.kv.slots import Slots
@@ -64,7 +64,7 @@ class Decoding:
         return max(self._slots(*row) for row in zip(kept, self.new, ratios, fixed, strict=True))
 
     def _slots(self, layer: KeptLayer, new: int, ratio: float, fixed: int) -> int:
-        held = layer.keys.shape[1]
+        held = layer.positions.shape[1]
         asked = self.eviction.slots(max(layer.budget, held, fixed + 2), new, ratio)
         return max(held + 1, min(asked, held + new))
 

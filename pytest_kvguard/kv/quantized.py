@@ -14,7 +14,8 @@ from torch import Tensor
 from pytest_kvguard.kv.attention import attend, visible
 from pytest_kvguard.kv.compress import AnyKept, KeptLayer
 from pytest_kvguard.kv.evicting import Decoding, EvictingBase
-from pytest_kvguard.kv.rows import LayerFactory, OneWay, RaggedLayer, RowLayer, growing, stack
+from pytest_kvguard.kv.piles import stack
+from pytest_kvguard.kv.rows import LayerFactory, OneWay, RaggedLayer, RowLayer, growing
 from pytest_kvguard.kv.seam import Step
 from pytest_kvguard.policies.base import EMPTY, Codec, Storage
 
@@ -88,7 +89,7 @@ class QuantizedLayer(OneWay):
     """One layer of R rows in which everything new stays, stored as a `Storage` says."""
 
     def __init__(self, kept: Sequence[KeptLayer], storage: Storage) -> None:
-        most = max(layer.keys.shape[1] for layer in kept)
+        most = max(layer.positions.shape[1] for layer in kept)
         keys = stack([layer.keys for layer in kept], most)
         values = stack([layer.values for layer in kept], most)
         self.storage = storage

@@ -19,6 +19,7 @@ from torch import Tensor
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.kv.attention import attend, visible
 from pytest_kvguard.kv.compress import AnyKept, Kept, KeptLayer
+from pytest_kvguard.kv.piles import pile, side_by_side, stack
 from pytest_kvguard.kv.seam import Seam, Step
 from pytest_kvguard.policies.base import EMPTY
 
@@ -70,8 +71,7 @@ class GrowingLayer:
         self.window = kept[0].window
         self.used = max(layer.positions.shape[1] for layer in kept)
         slots = self.used + room
-        self.keys = stack([layer.keys for layer in kept], slots)  # (R, Hkv, C, D)
-        self.values = stack([layer.values for layer in kept], slots)
+        self.keys, self.values = side_by_side(kept, slots)  # (R, Hkv, C, D)
         self.positions = stack([seen_by_all(layer) for layer in kept], slots, EMPTY)  # (R, 1, C)
         self.freed = torch.zeros(len(kept), dtype=torch.long, device=self.keys.device)
 
@@ -298,26 +298,6 @@ class OneWay:
 def by_head(kept: Sequence[AnyKept]) -> list[tuple[KeptLayer, ...]]:
     """Return for each head what every row keeps of it."""
     return list(zip(*(layer.heads for layer in kept), strict=True))
-
-
-def stack(parts: Sequence[Tensor], slots: int, empty: int = 0) -> Tensor:
-    """Stack (Hkv, n, ...) into (R, Hkv, slots, ...); what is not filled holds ``empty``."""
-    return pile([part.unsqueeze(0) for part in parts], slots, empty)
-
-
-def pile(parts: Sequence[Tensor], slots: int, empty: int = 0) -> Tensor:
-    """Put rows (r, Hkv, n, ...) behind one another, into (R, Hkv, slots, ...).
-
-    What is not filled holds ``empty``, for it must hold numbers: attention weight 0 times nan
-    would be nan.
-    """
-    first = parts[0]
-    rows = sum(len(part) for part in parts)
-    out = first.new_empty(rows, first.shape[1], slots, *first.shape[3:])
-    for own, part in zip(out.split([len(part) for part in parts]), parts, strict=True):
-        own[:, :, : part.shape[2]] = part
-        own[:, :, part.shape[2] :] = empty
-    return out
 
 
 def held_bytes(positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from pytest_kvguard.kv.borrowing import BorrowingLayer, borrowing
 from pytest_kvguard.kv.compress import Kept, KeptLayer, keep, keep_all
 from pytest_kvguard.kv.parted import ALIKE, PartedLayer, alike
 from pytest_kvguard.kv.prefill import Observe, Prefill, prefill
-from pytest_kvguard.kv.rows import GrowingLayer, Rows
+from pytest_kvguard.kv.rows import GrowingLayer, Rows, growing
 from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.kv.sharing import SharingLayer, worth_sharing
 from tests.tiny import family, llama, tokens
@@ -83,6 +83,19 @@ def test_rows_do_not_share_what_a_plain_product_would_get_wrong(change):
         source = type(kept.source)(kept.source.keys.bfloat16(), kept.source.values.bfloat16())
         changed = KeptLayer(0, source, None, kept.positions, window=None, budget=LENGTH)
     assert worth_sharing([changed, changed]) == ([], [0, 1])
+
+
+@pytest.mark.parametrize("make", [growing, borrowing])
+def test_rows_of_prompts_that_look_alike_are_not_mixed_up(make):
+    """Same length, same places, other text: only where they lie tells their caches apart."""
+    seam = Seam(family("llama"))
+    one, other = (read(seam, tokens(LENGTH, seed=seed)) for seed in (1, 2))
+    kept = [*kept_shares(one, 0.5), *kept_shares(other, 0.5, 0.5), *kept_shares(one, 0.5)]
+    with seam.open():
+        together = Rows(kept, make).feed(seam, [[7, 8]] * 4, last=1)
+        alone = [Rows([row], make).feed(seam, [[7, 8]], last=1) for row in kept]
+    assert not torch.allclose(alone[0], alone[1], atol=1e-2)
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
 def test_rows_that_go_on_are_in_the_layers_that_suit_them_and_claim_what_they_hold():
