@@ -61,6 +61,8 @@ class LayerState:
     layers: int = 1  # how many compressible layers there are
     output: Tensor | None = None  # (Hq, D, M) what the output projection makes of each head
     turn: Turn | None = None  # undoes and redoes RoPE; with a policy that needs it
+    softcap: float | None = None  # attention squashes logits into (-softcap, softcap)
+    sinks: Tensor | None = None  # (Hq,) logits of an attention sink that is no position
     alive: Tensor | None = None  # (T,) bool; others were dropped by an earlier layer for good
     passages: tuple[Passage, ...] = ()  # in order; together they are the whole prompt
     special: Tensor | None = None  # (T,) bool; tokens that stand for no text, such as BOS
@@ -117,6 +119,7 @@ class DecodeState:
     budget: Tensor  # (R,) N this layer was given at prefill
     ratio: Tensor  # (R,) keep ratio while decoding, float64
     protected: Tensor | None = None  # (R, Hkv, C) bool, held ones that never go; None: no such
+    limit: int | None = None  # every position is below this; None: not known
 
     @property
     def held(self) -> Tensor:

@@ -24,6 +24,24 @@ def victims(eviction: DecodeEviction, state: DecodeState) -> Tensor:
     return torch.where(eligible.sum(dim=-1) > allowed, latest, -1)
 
 
+def victims_at_once(eviction: DecodeEviction, state: DecodeState) -> Tensor:
+    """Mark the slots that `victims` would name one after the other, (R, Hkv, C) bool.
+
+    At most ``burst`` a head, for an importance that does not depend on what else is held.
+    """
+    eligible = evictable(eviction.candidates(state), state)
+    importance = eviction.importance(state).masked_fill(~eligible, float("inf"))
+    allowed = eviction.allowed(state).clamp(min=0)
+    allowed = allowed[:, None] if allowed.dim() == 1 else allowed
+    surplus = (eligible.sum(dim=-1) - allowed).clamp(min=0, max=eviction.burst)
+    latest_first = state.positions.argsort(dim=-1, descending=True)
+    by_rank = importance.gather(-1, latest_first).argsort(dim=-1, stable=True)
+    rank = torch.arange(state.positions.shape[-1], device=importance.device)
+    first = (rank < surplus.unsqueeze(-1)) & eligible.gather(-1, latest_first).gather(-1, by_rank)
+    order = latest_first.gather(-1, by_rank)
+    return torch.zeros_like(eligible).scatter(-1, order, first)
+
+
 def attention_of_all_heads(state: DecodeState) -> Tensor:
     """Return what each position got from the newest query, (R, Hkv, C) float32.
 
@@ -32,11 +50,12 @@ def attention_of_all_heads(state: DecodeState) -> Tensor:
     """
     rows, heads, slots = state.positions.shape
     votes = state.weights.unflatten(1, (heads, -1)).mean(dim=2)  # (R, Hkv, C)
-    if _alike(state.positions):
-        mean = _added(votes) / heads
-        return mean.unsqueeze(1).expand_as(votes).masked_fill(~state.held, 0.0)
-    at = _ranks(state.positions.flatten(1)).unflatten(1, (heads, slots))
-    count = votes.new_zeros(rows, heads, heads * slots).scatter(2, at, 1.0)
+    if state.limit is not None:
+        at, places = state.positions.masked_fill(~state.held, state.limit), state.limit + 1
+        at = at.clamp(max=state.limit)  # a row that is over is carried along for a while
+    else:
+        at, places = _ranks(state.positions.flatten(1)).unflatten(1, (heads, slots)), heads * slots
+    count = votes.new_zeros(rows, heads, places).scatter(2, at, 1.0)
     total = _added(torch.zeros_like(count).scatter(2, at, votes))
     mean = total / count.sum(dim=1).clamp(min=1)  # (R, ranks)
     return mean.unsqueeze(1).expand(-1, heads, -1).gather(2, at).masked_fill(~state.held, 0.0)
@@ -46,11 +65,6 @@ def _added(votes: Tensor) -> Tensor:
     """Add up heads one by one, (R, Hkv, n) -> (R, n): no shape rounds otherwise than another."""
     first, *others = votes.unbind(dim=1)
     return sum(others, start=first)
-
-
-def _alike(positions: Tensor) -> bool:
-    """Whether all heads hold the same in the same slots, as far as one can ask without waiting."""
-    return positions.device.type == "cpu" and bool((positions == positions[:, :1]).all())
 
 
 def _ranks(positions: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.policies.base import LayerState
+from pytest_kvguard.policies.logits import capped, softmax
 
 EVERY_QUERY = 2**31
 """A window that no prompt is longer than."""
@@ -13,8 +14,9 @@ EVERY_QUERY = 2**31
 def window_attention(state: LayerState, window: int) -> Tensor:
     """Return the attention of the last ``window`` queries, by key/value head.
 
-    Returns (Hkv, G, W, T) float32 with W = min(window, T); causal, rows sum to 1. What an earlier
-    layer dropped gets nothing, but that its own query sees itself.
+    Returns (Hkv, G, W, T) float32 with W = min(window, T); causal, rows sum to 1, or to less where
+    the model has attention sinks. What an earlier layer dropped gets nothing, but that its own
+    query sees itself.
     Raises InvalidArgument when fewer queries were recorded.
     """
     width = min(window, state.length)
@@ -27,12 +29,13 @@ def window_attention(state: LayerState, window: int) -> Tensor:
     heads, length, size = state.keys.shape
     queries = state.queries[:, -width:].reshape(heads, -1, width, size)  # (Hkv, G, W, D)
     logits = torch.einsum("hgwd,htd->hgwt", queries.float(), state.keys.float()) * state.scaling
+    logits = capped(logits, state.softcap)
     positions = torch.arange(length, device=logits.device)
     asking = positions[-width:, None]
     hidden = positions > asking  # (W, T)
     if state.alive is not None:
         hidden = hidden | (~state.alive & (positions != asking))
-    return logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+    return softmax(logits.masked_fill(hidden, float("-inf")), state.sinks)
 
 
 def summed_attention(state: LayerState) -> Tensor:

@@ -1,0 +1,1 @@
+"""What rows hold while they are decoded: one cache for each layer of a group of rows."""

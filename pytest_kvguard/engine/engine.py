@@ -1,0 +1,356 @@
+"""The loop: prefill a wave of prompts, let the full cache answer, then every cell.
+
+Each context is prefilled once, whoever shares it. Each policy rates its positions once, whatever
+the ratios. The answers of the full cache serve as drafts: a compressed row reads its draft in one
+pass and writes on by itself only from where it disagrees. Rows of all cells and prompts go
+through the model together, as many as memory allows.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from time import perf_counter
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from pytest_kvguard.engine.batch import GroupFailed
+from pytest_kvguard.engine.generate import answer_in_full, write_on
+from pytest_kvguard.engine.grid import Answer, Cell, Grid, Outcome, Prompt, Stopping
+from pytest_kvguard.engine.groups import worth_sharing
+from pytest_kvguard.engine.memory import chunks, halving, keep_freed_memory, peak_on, room_on
+from pytest_kvguard.engine.model import AttentionHook, find_rotation
+from pytest_kvguard.engine.own_prefill import OwnPrefills, prefills_alone
+from pytest_kvguard.engine.prefill import Observe
+from pytest_kvguard.engine.record import Meter, fail, record
+from pytest_kvguard.engine.requests import Draft, HeldPrompt, Request, VerifiedRow, kept_bytes
+from pytest_kvguard.engine.rope import Rotation
+from pytest_kvguard.engine.select import importances, keep, keep_masks
+from pytest_kvguard.engine.selfcheck import check_faithful
+from pytest_kvguard.engine.settings import Settings
+from pytest_kvguard.engine.verify import read_in_full, verify
+from pytest_kvguard.engine.waves import Wave, waves
+from pytest_kvguard.policies.base import LayerState
+from pytest_kvguard.progress import Hear, nobody
+
+Item = TypeVar("Item")
+
+SHARE = 4  # prefills, references and rows exist at the same time, each a part of the memory
+
+LOGIT_BYTES = 12  # a float32 logit, its log-softmax, and the reference's
+
+
+class Engine:
+    """Runs grids on one model.
+
+    memory: bytes of caches and logits to hold at a time, by default what the device has free.
+    """
+
+    def __init__(
+        self,
+        hook: AttentionHook,
+        *,
+        memory: int | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        self.hook = hook
+        self.memory = room_on(hook.device) if memory is None else memory
+        self.settings = settings or Settings.on(hook.device)
+        self._rotation: Rotation | None = None
+        self._position_bytes: int | None = None  # once the model was checked
+        self._answered: dict[object, list[int]] = {}  # what the full cache said, in tokens
+        keep_freed_memory()
+
+    @property
+    def room(self) -> int:
+        """Bytes of one kind of what is held at a time."""
+        return self.memory // SHARE
+
+    def run(
+        self,
+        prompts: Sequence[Prompt],
+        cells: Sequence[Cell],
+        stopping: Stopping,
+        *,
+        first: int = 24,
+        go_on: Callable[[Mapping[int, Answer]], bool] = lambda answers: True,
+        progress: Hear = nobody,
+    ) -> Grid:
+        """Answer every prompt with the full cache and under every cell.
+
+        While the full cache has given fewer than ``first`` answers, ``go_on`` is asked after
+        each batch of them, and may end the run. ``progress`` hears after every pass of the model
+        how far all is.
+        """
+        grid = Grid(Outcome(), {index: Outcome() for index in range(len(cells))})
+        if not prompts:
+            return grid
+        if self._position_bytes is None:
+            longest = max(prompts, key=lambda prompt: len(prompt.ids))
+            self._position_bytes = check_faithful(self.hook, longest.ids)
+        tokens, prefills = self.hook.tokens, self.hook.prefills
+
+        def passed() -> None:
+            progress(grid.progress(len(prompts), self.hook.tokens - tokens))
+
+        with self.hook.open(passed):
+            for wave in waves(prompts, self._position_bytes, self.room):
+                if not self._baseline(wave, prompts, cells, grid, stopping, first, go_on):
+                    grid.abandoned = True
+                    break
+                held = [wave.held(index, prompts[index]) for index in wave.indices]
+                for part in chunks(held, self._draft_bytes(grid), self.room):
+                    self._cells(part, cells, grid, stopping)
+        own = sum(outcome.prefills for outcome in grid.cells.values())
+        grid.prefills = self.hook.prefills - prefills - own
+        grid.peak_bytes = peak_on(self.hook.device)
+        return grid
+
+    def _baseline(
+        self,
+        wave: Wave,
+        prompts: Sequence[Prompt],
+        cells: Sequence[Cell],
+        grid: Grid,
+        stopping: Stopping,
+        first: int,
+        go_on: Callable[[Mapping[int, Answer]], bool],
+    ) -> bool:
+        """Prefill a wave and let the full cache answer; return whether to go on."""
+        sharing = [cell.policy for cell in cells if not prefills_alone(cell.policy)]
+        observe = Observe(
+            window=max([policy.window for policy in sharing], default=1),
+            sums=any(policy.needs_sums for policy in sharing),
+        )
+        left = list(wave.indices)
+        while left:
+            on_trial = max(0, first - len(grid.baseline.answers))
+            some = left[: on_trial or None]
+            left = left[len(some) :]
+            wave.prefill(self.hook, [prompts[index] for index in some], observe, self.settings)
+            held = [wave.held(index, prompts[index]) for index in some]
+            for batch in chunks(held, self._new_bytes(stopping), self.room):
+                self._answer(batch, grid, stopping)
+            if on_trial and not go_on(grid.baseline.answers):
+                return False
+        return True
+
+    def _answer(self, held: Sequence[HeldPrompt], grid: Grid, stopping: Stopping) -> None:
+        """Let the full cache answer; what it has answered before it repeats."""
+        meter, outcome = perf_counter(), grid.baseline
+        asked = [_question(one.prompt, stopping) for one in held]
+        fresh: dict[int, Answer] = {}
+
+        def work(some: Sequence[int]) -> None:
+            rows = [held[at] for at in some]
+            answers = answer_in_full(self.hook, rows, stopping, self.settings)
+            fresh.update(zip(some, answers, strict=True))
+
+        if unknown := [at for at, one in enumerate(asked) if one not in self._answered]:
+            halving(unknown, work)
+        for at, one in enumerate(held):
+            answer = fresh.get(at) or Answer(list(self._answered[asked[at]]))
+            self._answered[asked[at]] = answer.tokens
+            record(outcome, one, one.full, answer)
+        outcome.forwards += max((answer.forwards for answer in fresh.values()), default=0)
+        outcome.seconds += perf_counter() - meter
+
+    def _new_bytes(self, stopping: Stopping) -> Callable[[HeldPrompt], int]:
+        """Tell what a prompt's row takes beside its prefill when the full cache answers."""
+
+        def size(held: HeldPrompt) -> int:
+            new = len(held.prompt.tail) + stopping.most
+            return held.prefill.stack.position_bytes * new + self.hook.vocabulary * LOGIT_BYTES
+
+        return size
+
+    def _draft_bytes(self, grid: Grid) -> Callable[[HeldPrompt], int]:
+        """Tell what a prompt's draft logits take, in bytes."""
+
+        def size(held: HeldPrompt) -> int:
+            tokens = len(grid.baseline.answers[held.index].tokens)
+            return tokens * self.hook.vocabulary * LOGIT_BYTES
+
+        return size
+
+    def _cells(
+        self, part: Sequence[HeldPrompt], cells: Sequence[Cell], grid: Grid, stopping: Stopping
+    ) -> None:
+        """Answer some prompts under every cell.
+
+        What is left to write is put off until it fills the room: a pass of the model costs little
+        more for many rows than for few.
+        """
+        if not cells:
+            return
+        drafts: list[Draft] = []
+
+        def read(some: Sequence[HeldPrompt]) -> None:
+            answers = [grid.baseline.answers[one.index].tokens for one in some]
+            drafts.extend(read_in_full(self.hook, some, answers))
+
+        for some in chunks(part, _one_layer_bytes, self.room):
+            halving(some, read)
+        grid.disagreements += sum(draft.choices != draft.tokens for draft in drafts)
+        own = OwnPrefills(self.hook)
+        requests = (
+            request
+            for held, draft in zip(part, drafts, strict=True)
+            for request in self._select(held, draft, cells, grid, own)
+        )
+        waiting: list[VerifiedRow] = []
+        for batch in chunks(requests, _reading_bytes, self.room):
+            waiting += self._verify(batch, grid, stopping)
+            if self._writing_bytes(waiting, stopping) > self.room:
+                self._write(waiting, grid, stopping)
+                waiting = []
+        self._write(waiting, grid, stopping)
+
+    def _select(
+        self,
+        held: HeldPrompt,
+        draft: Draft,
+        cells: Sequence[Cell],
+        grid: Grid,
+        own: OwnPrefills,
+    ) -> Iterator[Request]:
+        """Choose what each cell keeps of a prompt; importance is rated once a policy."""
+        rated: dict[int, tuple[list[Tensor], tuple[LayerState, ...]]] = {}
+        for index, cell in enumerate(cells):
+            policy = cell.policy
+            if grid.cells[index].problem is not None:
+                continue
+            before = self.hook.prefills
+            try:
+                rotation = self._find_rotation() if policy.needs_turn or policy.rerotate else None
+                rerotation = rotation if policy.rerotate else None
+                if prefills_alone(policy):
+                    kept = own.kept(held.prompt, index, cell, held.prefill, rotation)
+                else:
+                    if id(policy) not in rated:
+                        mask = held.prompt.protection(policy, self.hook.device)
+                        turn = rotation.turn if rotation and policy.needs_turn else None
+                        states = held.prefill.states(held.prompt.about, mask, turn)
+                        rated[id(policy)] = importances(policy, states), states
+                    ratings, states = rated[id(policy)]
+                    masks = keep_masks(policy, ratings, states, cell.ratio)
+                    budgets = [policy.budget(state, cell.ratio) for state in states]
+                    kept = keep(held.prefill, masks, budgets, held.prompt.fed, rerotation)
+            except Exception as problem:  # other people's code: its cell fails alone
+                fail(grid, [(index, held.index)], problem)
+                continue
+            finally:
+                grid.cells[index].prefills += self.hook.prefills - before
+            yield Request(held, draft, index, cell, kept, rerotation)
+
+    def _verify(
+        self, requests: Sequence[Request], grid: Grid, stopping: Stopping
+    ) -> list[VerifiedRow]:
+        """Let rows read their drafts; return those that are not at their end."""
+        going: list[VerifiedRow] = []
+
+        def work(some: Sequence[Request]) -> None:
+            meter = Meter()
+            rows = verify(self.hook, some, stopping, self.settings)
+            meter.note(grid, [(row.request.index, row.answer, 0, 0) for row in rows])
+            for row in rows:
+                outcome = grid.cells[row.request.index]
+                outcome.evicted += row.evicted
+                outcome.read += [] if row.read is None else [row.read]
+                if not stopping.over(row.answer.tokens):
+                    going.append(row)
+                else:
+                    self._record(row, row.answer, grid)
+
+        self._isolating(requests, lambda request: request, grid, work)
+        return going
+
+    def _write(self, rows: Sequence[VerifiedRow], grid: Grid, stopping: Stopping) -> None:
+        """Let unfinished rows write on, all together."""
+
+        def work(some: Sequence[VerifiedRow]) -> None:
+            meter = Meter()
+            answers = write_on(self.hook, some, stopping, self.settings)
+            pairs = list(zip(some, answers, strict=True))
+            meter.note(
+                grid,
+                [(r.request.index, a, r.answer.forwards, r.answer.fed) for r, a in pairs],
+            )
+            for row, answer in pairs:
+                self._record(row, answer, grid)
+
+        if rows:
+            self._isolating(rows, lambda row: row.request, grid, work)
+
+    def _isolating(
+        self,
+        items: Sequence[Item],
+        request_of: Callable[[Item], Request],
+        grid: Grid,
+        work: Callable[[Sequence[Item]], None],
+    ) -> None:
+        """Work on rows of many cells; where one's own code fails, go on without that cell.
+
+        Where memory does not hold them, they are halved; a single row that it does not hold fails
+        its cell.
+        """
+        left = list(items)
+
+        def try_work(some: Sequence[Item]) -> None:
+            work(some)
+            for item in some:
+                left.remove(item)
+
+        while left:
+            try:
+                halving(list(left), try_work)
+            except GroupFailed as failure:
+                lost = [item for item in left if request_of(item).index in failure.cells]
+                problem: BaseException = failure.__cause__ or failure
+            except torch.OutOfMemoryError as failure:
+                lost, problem = left[:1], failure
+            else:
+                return
+            requests = [request_of(item) for item in lost]
+            fail(grid, [(request.index, request.held.index) for request in requests], problem)
+            left = [item for item in left if item not in lost]
+
+    def _record(self, row: VerifiedRow, answer: Answer, grid: Grid) -> None:
+        request = row.request
+        record(grid.cells[request.index], request.held, request.kept, answer, row.stored)
+
+    def _writing_bytes(self, rows: Sequence[VerifiedRow], stopping: Stopping) -> int:
+        """Bytes that rows take when they write on; those of one prompt may share its prefill."""
+        requests = [row.request for row in rows]
+        _, alone = worth_sharing(requests)
+        new = stopping.most + max((len(r.held.prompt.tail) for r in requests), default=0)
+        total = sum(kept_bytes(requests[index]) for index in alone)
+        return total + sum(new * r.kept.prefill.stack.position_bytes for r in requests)
+
+    def _find_rotation(self) -> Rotation:
+        if self._rotation is None:
+            self._rotation = find_rotation(self.hook)
+        return self._rotation
+
+
+def _question(prompt: Prompt, stopping: Stopping) -> object:
+    """Return all that the full cache's answer depends on, but for the model."""
+    return prompt.ids, prompt.fed, stopping.most, stopping.eos, stopping.strings
+
+
+def _one_layer_bytes(held: HeldPrompt) -> int:
+    """Bytes of a prompt's keys and values in one layer, and of what it is fed in all."""
+    stack = held.prefill.stack
+    return stack.position_bytes * (held.prompt.fed // len(stack.layers) + len(held.prompt.tail))
+
+
+def _reading_bytes(request: Request) -> int:
+    """Bytes a row takes at the most while it reads its draft: its cache, and the logits.
+
+    What lies in the stack is gathered for no more than one layer at a time.
+    """
+    stack, prompt = request.kept.prefill.stack, request.held.prompt
+    copied = kept_bytes(request)
+    if request.cell.append_only:
+        copied //= len(stack.layers)
+    fed = len(prompt.tail) + len(request.draft.tokens)
+    return copied + stack.position_bytes * fed + request.draft.logits.numel() * LOGIT_BYTES
