@@ -22,7 +22,7 @@ lint: $(VENV)/ready
 
 # The engine at the other end of the supported range; the newest is what `make test` runs.
 oldest: $(OLDEST)/ready
-	PYTHONPATH=$(OLDEST) $(BIN)/pytest -n 2 tests/kv
+	PYTHONPATH=$(OLDEST) $(BIN)/pytest -n 2 tests/engine
 
 # What is compared with kvpress, in an environment of its own: it needs an older transformers.
 peers: $(PEERS)/ready

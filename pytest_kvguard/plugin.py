@@ -171,19 +171,22 @@ def kvguard(request: pytest.FixtureRequest, kv_model: "Loaded") -> "Callable[...
 def kv_cache(
     request: pytest.FixtureRequest, kv_model: "Loaded"
 ) -> "Callable[..., CompressedCache]":
-    """Compress a text's cache where the model is: ``kv_cache(text, policy="h2o", ratio=0.5)``.
+    """Compress a prompt's cache: ``kv_cache(text, policy="h2o|kivi", ratio=0.5)``.
 
-    On the GPU when there is one. Returns a CompressedCache, which says what is held and answers.
+    Takes a text, messages, parts or a task's sample; and ``units``, ``protocol``, ``protect`` and
+    ``max_new_tokens``, see `pytest_kvguard.harness.cache.compress`. Returns a CompressedCache,
+    which says what is held, goes on step by step, and answers.
     """
-    from pytest_kvguard.harness.cache import compress_text
+    from pytest_kvguard.harness.cache import compress
     from pytest_kvguard.policies import get_policy
 
-    def compress(text: str, *, policy: str, ratio: float) -> "CompressedCache":
+    def cache(given: Any, *, policy: str, ratio: float, **asked: Any) -> "CompressedCache":
         _register(request.config)
         keep = options.keep_ratio(str(ratio))
-        return compress_text(kv_model, text, get_policy(policy), keep)
+        with _plainly():
+            return compress(kv_model, given, get_policy(policy), keep, **asked)
 
-    return compress
+    return cache
 
 
 def _measure(

@@ -14,9 +14,9 @@ class Progress:
     tokens: int  # that went through the model
 
 
-Hear = Callable[[Progress], None]
+ProgressCallback = Callable[[Progress], None]
 """Is told after every pass of the model; it decides how often to say something."""
 
 
-def nobody(progress: Progress) -> None:
-    """Hear nothing."""
+def no_progress(progress: Progress) -> None:
+    """Do nothing."""

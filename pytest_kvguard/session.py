@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_kvguard.errors import InvalidArgument, UnknownName
 from pytest_kvguard.marker import Plan
 from pytest_kvguard.options import Settings
-from pytest_kvguard.progress import Hear
+from pytest_kvguard.progress import ProgressCallback
 from pytest_kvguard.report.record import Cell, not_run, to_cell
 from pytest_kvguard.specs import Spec
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # importing these costs seconds, which sessions without a kv 
     from pytest_kvguard.models import Loaded
     from pytest_kvguard.tasks.base import Task
 
-Announce = Callable[[str], Hear]
+Announce = Callable[[str], ProgressCallback]
 """Title of a long piece of work -> who hears how far it is."""
 
 
@@ -133,8 +133,8 @@ class Session:
     ) -> dict[CellName, "Measured"]:
         from dataclasses import replace
 
+        from pytest_kvguard.engine import grid
         from pytest_kvguard.harness.measure import Bench
-        from pytest_kvguard.kv import grid
         from pytest_kvguard.policies import get_policy
 
         bench = self._benches.get(id(loaded))

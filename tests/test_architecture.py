@@ -10,14 +10,17 @@ import pytest_kvguard
 
 HOME = Path(pytest_kvguard.__file__).parent
 MOST_LINES = 350
+MOST_FLOORS = 7  # of the engine, from what imports nothing of it to its loop
 
 OURS = {
     "errors": set(),
     "progress": set(),
+    "parameters": {"errors"},
     "specs": {"errors"},
-    "policies": {"specs", "errors"},
+    "storage": {"parameters", "errors"},
+    "policies": {"storage", "parameters", "specs", "errors"},
     "tasks": {"specs", "errors"},
-    "kv": {"progress", "policies", "errors"},
+    "engine": {"progress", "storage", "policies", "errors"},
     "models": {"errors"},
     "harness.score_test": set(),
     "harness.stats": {"harness.score_test", "errors"},
@@ -25,7 +28,7 @@ OURS = {
     "harness.records": {"tasks", "specs", "errors"},
     "harness.refusals": {"harness.records"},
     "harness.compare": {"harness.records", "harness.refusals", "harness.stats", "errors"},
-    "harness": {"progress", "kv", "models", "policies", "tasks", "errors"},
+    "harness": {"progress", "engine", "models", "policies", "tasks", "errors"},
     "report": {"progress", "harness.compare", "harness.records", "specs", "errors"},
     "states": {"policies"},
     "laws": {"states", "policies", "errors"},
@@ -34,7 +37,7 @@ OURS = {
     "hookspecs": {"policies", "tasks"},
     "scheduling": set(),
     "session": {
-        "marker", "options", "report", "harness", "kv", "models", "policies", "tasks", "specs",
+        "marker", "options", "report", "harness", "engine", "models", "policies", "tasks", "specs",
         "errors", "progress",
     },
     "plugin": {
@@ -45,8 +48,8 @@ OURS = {
 """Each unit, the longest that a module's name begins with, and the units it may import."""
 
 OUTSIDE = {
-    "torch": {"policies", "kv", "models", "harness", "states", "laws", "session"},
-    "transformers": {"kv", "models"},
+    "torch": {"storage", "policies", "engine", "models", "harness", "states", "laws", "session"},
+    "transformers": {"engine", "models"},
     "numpy": {"harness.stats", "harness.score_test", "laws", "states"},
     "scipy": {"harness.stats", "harness.score_test", "harness.trial"},
     "hypothesis": {"states", "laws"},
@@ -142,6 +145,26 @@ def test_what_every_run_imports_imports_nothing_heavy(path):
 def test_no_module_is_a_drawer_for_everything(path):
     assert path.stem not in {"utils", "util", "helpers", "common", "misc"}
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+def room(dotted: str) -> str:
+    """Name the part of the engine a module belongs to: a file, or a folder with all in it."""
+    return dotted.split(".")[1] if "." in dotted else dotted
+
+
+def test_the_engine_has_at_most_seven_floors():
+    beneath: dict[str, set[str]] = {}
+    for path in MODULES:
+        if within(dotted(path), "engine"):
+            names = [name.removeprefix(f"{HOME.name}.") for name in imports(parsed(path), lazy=True)]
+            found = {room(name) for name in names if within(name, "engine")}
+            beneath.setdefault(room(dotted(path)), set()).update(found - {room(dotted(path))})
+    floors: dict[str, int] = {}
+    while left := beneath.keys() - floors.keys():
+        ready = {name for name in left if beneath[name] <= floors.keys()}
+        assert ready, f"these import each other: {sorted(left)}"
+        floors |= {name: 1 + max((floors[x] for x in beneath[name]), default=0) for name in ready}
+    assert max(floors.values()) <= MOST_FLOORS, floors
 
 
 def test_every_permission_is_used():

@@ -9,13 +9,13 @@ from pytest_kvguard.policies import POLICIES
 from pytest_kvguard.policies.base import Policy
 from pytest_kvguard.policies.budgets import keep_ratio
 from pytest_kvguard.policies.h2o import h2o
-from pytest_kvguard.policies.kivi import kivi
 from pytest_kvguard.policies.modifiers import MODIFIERS
 from pytest_kvguard.policies.pyramidkv import pyramidkv
 from pytest_kvguard.policies.quest import quest
 from pytest_kvguard.policies.selectors import top_tokens
 from pytest_kvguard.policies.shotkv import shotkv
 from pytest_kvguard.policies.snapkv import snapkv
+from pytest_kvguard.storage.kivi import kivi
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "policies.md").read_text(encoding="utf-8")

@@ -11,26 +11,23 @@ from time import perf_counter
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from pytest_kvguard.engine.batch import GroupFailed
+from pytest_kvguard.engine.compress import Compressor
 from pytest_kvguard.engine.generate import answer_in_full, write_on
 from pytest_kvguard.engine.grid import Answer, Cell, Grid, Outcome, Prompt, Stopping
 from pytest_kvguard.engine.groups import worth_sharing
 from pytest_kvguard.engine.memory import chunks, halving, keep_freed_memory, peak_on, room_on
-from pytest_kvguard.engine.model import AttentionHook, find_rotation
+from pytest_kvguard.engine.model import AttentionHook
 from pytest_kvguard.engine.own_prefill import OwnPrefills, prefills_alone
 from pytest_kvguard.engine.prefill import Observe
 from pytest_kvguard.engine.record import Meter, fail, record
 from pytest_kvguard.engine.requests import Draft, HeldPrompt, Request, VerifiedRow, kept_bytes
-from pytest_kvguard.engine.rope import Rotation
-from pytest_kvguard.engine.select import importances, keep, keep_masks
 from pytest_kvguard.engine.selfcheck import check_faithful
 from pytest_kvguard.engine.settings import Settings
 from pytest_kvguard.engine.verify import read_in_full, verify
 from pytest_kvguard.engine.waves import Wave, waves
-from pytest_kvguard.policies.base import LayerState
-from pytest_kvguard.progress import Hear, nobody
+from pytest_kvguard.progress import ProgressCallback, no_progress
 
 Item = TypeVar("Item")
 
@@ -55,7 +52,6 @@ class Engine:
         self.hook = hook
         self.memory = room_on(hook.device) if memory is None else memory
         self.settings = settings or Settings.on(hook.device)
-        self._rotation: Rotation | None = None
         self._position_bytes: int | None = None  # once the model was checked
         self._answered: dict[object, list[int]] = {}  # what the full cache said, in tokens
         keep_freed_memory()
@@ -73,13 +69,13 @@ class Engine:
         *,
         first: int = 24,
         go_on: Callable[[Mapping[int, Answer]], bool] = lambda answers: True,
-        progress: Hear = nobody,
+        progress: ProgressCallback = no_progress,
     ) -> Grid:
         """Answer every prompt with the full cache and under every cell.
 
         While the full cache has given fewer than ``first`` answers, ``go_on`` is asked after
-        each batch of them, and may end the run. ``progress`` hears after every pass of the model
-        how far all is.
+        each batch of them, and may end the run. ``progress`` is called after every pass of the
+        model.
         """
         grid = Grid(Outcome(), {index: Outcome() for index in range(len(cells))})
         if not prompts:
@@ -213,34 +209,20 @@ class Engine:
         grid: Grid,
         own: OwnPrefills,
     ) -> Iterator[Request]:
-        """Choose what each cell keeps of a prompt; importance is rated once a policy."""
-        rated: dict[int, tuple[list[Tensor], tuple[LayerState, ...]]] = {}
+        """Choose what each cell keeps of a prompt."""
+        compressor = Compressor(self.hook, held, own)
         for index, cell in enumerate(cells):
-            policy = cell.policy
             if grid.cells[index].problem is not None:
                 continue
             before = self.hook.prefills
             try:
-                rotation = self._find_rotation() if policy.needs_turn or policy.rerotate else None
-                rerotation = rotation if policy.rerotate else None
-                if prefills_alone(policy):
-                    kept = own.kept(held.prompt, index, cell, held.prefill, rotation)
-                else:
-                    if id(policy) not in rated:
-                        mask = held.prompt.protection(policy, self.hook.device)
-                        turn = rotation.turn if rotation and policy.needs_turn else None
-                        states = held.prefill.states(held.prompt.about, mask, turn)
-                        rated[id(policy)] = importances(policy, states), states
-                    ratings, states = rated[id(policy)]
-                    masks = keep_masks(policy, ratings, states, cell.ratio)
-                    budgets = [policy.budget(state, cell.ratio) for state in states]
-                    kept = keep(held.prefill, masks, budgets, held.prompt.fed, rerotation)
+                request = compressor.request(draft, index, cell)
             except Exception as problem:  # other people's code: its cell fails alone
                 fail(grid, [(index, held.index)], problem)
                 continue
             finally:
                 grid.cells[index].prefills += self.hook.prefills - before
-            yield Request(held, draft, index, cell, kept, rerotation)
+            yield request
 
     def _verify(
         self, requests: Sequence[Request], grid: Grid, stopping: Stopping
@@ -325,11 +307,6 @@ class Engine:
         new = stopping.most + max((len(r.held.prompt.tail) for r in requests), default=0)
         total = sum(kept_bytes(requests[index]) for index in alone)
         return total + sum(new * r.kept.prefill.stack.position_bytes for r in requests)
-
-    def _find_rotation(self) -> Rotation:
-        if self._rotation is None:
-            self._rotation = find_rotation(self.hook)
-        return self._rotation
 
 
 def _question(prompt: Prompt, stopping: Stopping) -> object:

@@ -67,6 +67,16 @@ def generation_groups(
     return groups
 
 
+def lone_group(request: Request, new: int) -> Group:
+    """Make the group of a single row with a copy of what it keeps, so that the rest can go.
+
+    new: tokens it is fed at the most.
+    """
+    if not request.cell.append_only:
+        return _decoding_group([request], new, new)
+    return Group.of(Rows([request.kept]), DenseCache, capacity=new)
+
+
 def full_group(held: Sequence[HeldPrompt], capacity: int) -> Group:
     """Make the group of rows that hold everything; only what is new is held apart."""
     rows = Rows([one.full for one in held])

@@ -53,6 +53,7 @@ class AttentionHook:
         self.prefills = 0  # prompts that went through it from their first token
         self._passed: Callable[[], None] = no_callback
         self._attend: Attend | None = None
+        self._rotation: Rotation | None = None
         self._before = ""  # the attention of a model that is ours for now
 
     @property
@@ -64,6 +65,12 @@ class AttentionHook:
     def vocabulary(self) -> int:
         """How many logits each token has."""
         return int(self.model.config.get_text_config().vocab_size)
+
+    def rotation(self) -> Rotation:
+        """Return how keys are rotated by position; see `find_rotation`. The hook must be open."""
+        if self._rotation is None:
+            self._rotation = find_rotation(self)
+        return self._rotation
 
     @contextmanager
     def open(self, passed: Callable[[], None] = no_callback) -> Iterator[None]:

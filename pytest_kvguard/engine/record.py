@@ -26,12 +26,13 @@ def record(
 ) -> None:
     """Add one prompt's answer to an outcome.
 
-    kept: what its row began with; stored: bytes of that where it is stored as codes.
+    kept: what its row began with; stored: bytes of that in compressible layers, where it is stored
+    as codes.
     """
     outcome.answers[held.index] = answer
     outcome.held.append(share_held(kept, held.prompt))
     outcome.bytes_full += held.full.bytes
-    outcome.bytes_held += kept.bytes if stored is None else stored
+    outcome.bytes_held += kept.bytes if stored is None else stored + kept.sliding_bytes
     outcome.bytes_padding += kept.padding if stored is None else 0
     outcome.tokens += answer.fed
 

@@ -45,7 +45,7 @@ class Kept:
     @cached_property
     def bytes(self) -> int:
         """Bytes of the keys and values held, in layers with sliding attention too."""
-        return self._sliding + sum(
+        return self.sliding_bytes + sum(
             layer.token_bytes * int(held.sum())
             for layer, held in zip(self.layers, self.held, strict=True)
         )
@@ -59,7 +59,8 @@ class Kept:
         )
 
     @property
-    def _sliding(self) -> int:
+    def sliding_bytes(self) -> int:
+        """Bytes of the keys and values that layers with sliding attention hold."""
         sliding = (x for x in self.prefill.stack.layers.values() if x.window is not None)
         return sum(
             layer.token_bytes * layer.keys.shape[1] * (self.length - behind_window(layer, self))

@@ -4,12 +4,11 @@ from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
+from pytest_kvguard.engine.grid import About, Prompt
 from pytest_kvguard.errors import InvalidArgument
-from pytest_kvguard.kv.grid import Prompt
-from pytest_kvguard.kv.prefill import About
 from pytest_kvguard.policies.base import Passage, Unit
 from pytest_kvguard.tasks.base import Kind, Sample, Task
-from pytest_kvguard.tasks.prompt import Message, SpanKind, render
+from pytest_kvguard.tasks.prompt import Message, Rendered, SpanKind, render
 from pytest_kvguard.tasks.tokens import context_length, token_kinds, token_spans, unit_positions
 from pytest_kvguard.tasks.units import MARKED, with_units
 
@@ -33,6 +32,13 @@ def encode(
     KINDS_OF_UNITS. Raises InvalidArgument for a part that is unknown, a tokenizer without offsets
     and, under ``ahead``, a sample without context, and what `with_units` does.
     """
+    check(tokenizer, protect)
+    chat = task.chat and bool(getattr(tokenizer, "chat_template", None))
+    return [_encode(sample, tokenizer, chat, ahead, protect, units) for sample in samples]
+
+
+def check(tokenizer: Any, protect: Collection[str]) -> None:
+    """Raise InvalidArgument for parts that cannot be protected, and slow tokenizers."""
     for kind in protect:
         if kind not in PROTECTABLE:
             known = ", ".join(PROTECTABLE)
@@ -42,8 +48,6 @@ def encode(
             f"{type(tokenizer).__name__} gives no character offsets, so shots cannot be found in "
             f"its tokens; use a fast tokenizer (one with a tokenizer.json)"
         )
-    chat = task.chat and bool(getattr(tokenizer, "chat_template", None))
-    return [_encode(sample, tokenizer, chat, ahead, protect, units) for sample in samples]
 
 
 def _within(length: int, units: Sequence[Unit]) -> tuple[Unit, ...]:
@@ -74,17 +78,44 @@ def _encode(
         return str(text)
 
     rendered = render(sample, template if chat else None)
+    return to_prompt(
+        rendered,
+        tokenizer,
+        name=f"sample {sample.id!r}",
+        templated=chat,
+        ahead=ahead,
+        protect=protect,
+        units=units,
+    )
+
+
+def to_prompt(
+    rendered: Rendered,
+    tokenizer: Any,
+    *,
+    name: str,
+    templated: bool,
+    ahead: bool,
+    protect: Collection[str] = (),
+    units: str = MARKED,
+) -> Prompt:
+    """Turn a text with spans into a prompt.
+
+    name: what errors call it; templated: whether the text holds its special tokens already; ahead,
+    protect, units: as `encode` says. Raises what `encode` does. A text without a question has no
+    context of its own: all of it is compressed, or nothing can be ahead of the question.
+    """
     tokens = tokenizer(
-        rendered.text, return_offsets_mapping=True, add_special_tokens=not chat, verbose=False
+        rendered.text, return_offsets_mapping=True, add_special_tokens=not templated, verbose=False
     )
     offsets = tokens["offset_mapping"]
     owners = token_spans(rendered.spans, offsets)
     kinds = token_kinds(rendered.spans, owners)
-    context = context_length(rendered.spans, owners)
+    context = context_length(rendered.spans, owners) if "question" in kinds else 0
     if ahead and context == 0:
         raise InvalidArgument(
-            f"sample {sample.id!r} has nothing before its question, so there is no context to "
-            f"compress; use --kv-protocol=prompt"
+            f"{name} has nothing before its question, so there is no context to compress; use "
+            f"--kv-protocol=prompt"
         )
     ids, special = tuple(tokens["input_ids"]), frozenset(tokenizer.all_special_ids)
     length = context if ahead else len(ids)

@@ -4,16 +4,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
+from pytest_kvguard.engine.engine import Engine
+from pytest_kvguard.engine.grid import Answer as Written
+from pytest_kvguard.engine.grid import Cell, Grid, Outcome, Stopping
+from pytest_kvguard.engine.model import AttentionHook
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.harness.encode import encode
 from pytest_kvguard.harness.records import FULL, Answer, Counts, Fidelity, Held, Run
 from pytest_kvguard.harness.trial import hopeless, unreadable
-from pytest_kvguard.kv import decode
-from pytest_kvguard.kv.engine import Engine
-from pytest_kvguard.kv.grid import Cell, Grid, Outcome
-from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.models import Loaded
-from pytest_kvguard.progress import Hear, nobody
+from pytest_kvguard.progress import ProgressCallback, no_progress
 from pytest_kvguard.tasks.base import Protocol, Sample, Task
 from pytest_kvguard.tasks.units import MARKED
 
@@ -32,9 +32,9 @@ class Measured:
 class Bench:
     """A model on which tasks are measured."""
 
-    def __init__(self, loaded: Loaded, *, memory: int = 2**30) -> None:
+    def __init__(self, loaded: Loaded, *, memory: int | None = None) -> None:
         self.loaded = loaded
-        self.engine = Engine(Seam(loaded.model), memory=memory)
+        self.engine = Engine(AttentionHook(loaded.model), memory=memory)
 
     def measure(
         self,
@@ -46,7 +46,7 @@ class Bench:
         protocol: Protocol | None = None,
         protect: Collection[str] = (),
         units: str = MARKED,
-        progress: Hear = nobody,
+        progress: ProgressCallback = no_progress,
     ) -> Measured:
         """Answer the first ``limit`` samples of a task, with the full cache and under each cell.
 
@@ -63,15 +63,13 @@ class Bench:
         prompts = encode(
             task, samples, self.loaded.tokenizer, ahead=ahead, protect=protect, units=units
         )
-        stopping = decode.Stopping(
-            task.max_new_tokens, self.loaded.eos, task.stop, self.loaded.decode
-        )
+        stopping = Stopping(task.max_new_tokens, self.loaded.eos, task.stop, self.loaded.decode)
 
         mark = _Marking(task, samples, stopping)
         # The fewer the better: then there is no chance level to stay clear of, only zero.
         chance = task.chance if task.higher_is_better else 0.0
 
-        def go_on(answers: Mapping[int, decode.Answer]) -> bool:
+        def go_on(answers: Mapping[int, Written]) -> bool:
             marks, failure = mark(answers)
             return failure is not None or hopeless(list(marks.values()), chance) is None
 
@@ -106,9 +104,9 @@ class _Marking:
 
     task: Task
     samples: Sequence[Sample]
-    stopping: decode.Stopping
+    stopping: Stopping
 
-    def __call__(self, answers: Mapping[int, decode.Answer]) -> tuple[dict[str, float], str | None]:
+    def __call__(self, answers: Mapping[int, Written]) -> tuple[dict[str, float], str | None]:
         """Return the marks by sample id, and what went wrong with the first that has none."""
         marks: dict[str, float] = {}
         for index in sorted(answers):
@@ -126,7 +124,7 @@ class _Recorder:
     """Turns outcomes of the engine into runs."""
 
     samples: Sequence[Sample]
-    stopping: decode.Stopping
+    stopping: Stopping
     mark: _Marking
     grid: Grid
     blank: Run

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from pytest_kvguard.parameters import frozen
 from pytest_kvguard.policies.base import Policy
-from pytest_kvguard.policies.parameters import frozen
 from pytest_kvguard.policies.pyramidkv import pyramidkv
 from pytest_kvguard.policies.selectors import top_over_heads
 from pytest_kvguard.policies.snapkv import snapkv

@@ -7,16 +7,17 @@ Shapes are written with these letters throughout the package:
     G    = Hq // Hkv        N  positions kept        D  head size
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
 from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.storage.base import Storage
 
 Unit = tuple[range, ...]
 """Token positions that live or die together: a set of spans, disjoint and in order."""
@@ -147,45 +148,6 @@ class DecodeEviction:
     accumulate: bool = False  # carry `sums` from the prefill on
     burst: int = 1  # slots a head may free after one token, one after the other
     by_ratio: bool = True  # whether how much is held follows from a keep ratio
-
-
-class Codec(Protocol):
-    """Turns tokens of a head into codes and back."""
-
-    @property
-    def span(self) -> int:
-        """How many neighbouring tokens are encoded together."""
-
-    def encode(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Encode (..., n, D), n a multiple of ``span``, into all there is to store.
-
-        Each part is (..., n / span, *), so that what is encoded together can be told apart.
-        """
-
-    def decode(self, parts: Sequence[Tensor]) -> Tensor:
-        """Restore (..., n, D) from the parts, in the type of what was encoded."""
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How what a head holds is stored, in order of arrival: the oldest as codes.
-
-    With a ``residual`` the newest tokens stay as they are, and a token is attended before the
-    next of the old ones are encoded. Without, each token is encoded as it is written and read
-    back from its codes.
-    """
-
-    keys: Codec
-    values: Codec
-    residual: int = 0  # a multiple of either codec's span
-
-    def coded_keys(self, count: Tensor) -> Tensor:
-        """Say how many of ``count`` keys are codes: with a residual, whole multiples of it."""
-        return count // self.residual * self.residual if self.residual else count
-
-    def coded_values(self, count: Tensor) -> Tensor:
-        """Say how many of ``count`` values are codes: all but the residual."""
-        return (count - self.residual).clamp(min=0)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pytest_kvguard.errors import InvalidArgument, Refused
+from pytest_kvguard.parameters import check_count, check_share
 from pytest_kvguard.policies.base import Budget, LayerState
-from pytest_kvguard.policies.parameters import check_count, check_share
 from pytest_kvguard.policies.units import check_units, must_stay
 
 SLACK = 1e-9

@@ -14,10 +14,10 @@ budget is kept.
 
 from torch import Tensor
 
+from pytest_kvguard.parameters import check_count, frozen
 from pytest_kvguard.policies.base import LayerState, Policy
 from pytest_kvguard.policies.budgets import keep_ratio
 from pytest_kvguard.policies.observe import window_attention
-from pytest_kvguard.policies.parameters import check_count, frozen
 from pytest_kvguard.policies.recency import favour_latest
 from pytest_kvguard.policies.selectors import top_chunks
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.parameters import check_share, frozen
 from pytest_kvguard.policies.base import LayerState, Policy
 from pytest_kvguard.policies.budgets import keep_ratio, share
-from pytest_kvguard.policies.parameters import check_share, frozen
 from pytest_kvguard.policies.recency import favour_latest
 from pytest_kvguard.policies.selectors import protected_of, top_after, top_tokens
 from pytest_kvguard.policies.snapkv import window_votes

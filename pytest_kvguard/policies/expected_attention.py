@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.parameters import check_count, frozen
 from pytest_kvguard.policies.base import ALL_QUERIES, LayerState, Policy, Turn
 from pytest_kvguard.policies.budgets import keep_ratio
-from pytest_kvguard.policies.parameters import check_count, frozen
 from pytest_kvguard.policies.selectors import top_tokens
 
 

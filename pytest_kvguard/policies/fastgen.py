@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.parameters import check_count, check_share, frozen
 from pytest_kvguard.policies.base import LayerState, Policy
 from pytest_kvguard.policies.budgets import keep_ratio, share
 from pytest_kvguard.policies.observe import summed_attention, window_attention
-from pytest_kvguard.policies.parameters import check_count, check_share, frozen
 from pytest_kvguard.policies.selectors import top_after
 
 

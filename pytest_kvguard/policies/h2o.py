@@ -15,11 +15,11 @@ where the published code sets each as a fraction of the prompt.
 from torch import Tensor
 
 from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.parameters import check_share, frozen
 from pytest_kvguard.policies.base import DecodeEviction, DecodeState, LayerState, Policy
 from pytest_kvguard.policies.budgets import keep_ratio, share, shares
 from pytest_kvguard.policies.evict import rolling_room, rolling_slots, room_for_next
 from pytest_kvguard.policies.observe import summed_attention
-from pytest_kvguard.policies.parameters import check_share, frozen
 from pytest_kvguard.policies.recency import favour_latest
 from pytest_kvguard.policies.selectors import top_tokens
 

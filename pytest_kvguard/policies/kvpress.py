@@ -19,9 +19,9 @@ from typing import Any
 from torch import Tensor
 
 from pytest_kvguard.errors import InvalidArgument, Refused, Unavailable, UnknownName
+from pytest_kvguard.parameters import frozen
 from pytest_kvguard.policies.base import Foreign, LayerState, Policy
 from pytest_kvguard.policies.budgets import check_ratio, keep_ratio
-from pytest_kvguard.policies.parameters import frozen
 from pytest_kvguard.specs import Spec
 
 

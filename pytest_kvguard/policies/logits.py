@@ -16,6 +16,6 @@ def softmax(logits: Tensor, sinks: Tensor | None = None) -> Tensor:
     """
     if sinks is None:
         return logits.softmax(dim=-1)
-    heads, groups, queries = logits.shape[-4:-1]
+    heads, groups = logits.shape[-4:-2]
     sink = sinks.to(logits.dtype).view(heads, groups, 1, 1).expand(*logits.shape[:-1], 1)
     return torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]

@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.parameters import frozen
 from pytest_kvguard.policies.base import Policy
-from pytest_kvguard.policies.parameters import frozen
 
 SELECTING = {"importance", "budget", "select", "stays", "reuse"}
 """What a policy that is other people's code is not asked for."""

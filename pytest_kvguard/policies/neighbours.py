@@ -6,9 +6,9 @@ Shared selections: Liu et al., 2025 (ChunkKV), https://arxiv.org/abs/2502.00299
 
 from dataclasses import replace
 
+from pytest_kvguard.parameters import check_count
 from pytest_kvguard.policies.base import LayerState, Modifier, Policy
 from pytest_kvguard.policies.modify import modified
-from pytest_kvguard.policies.parameters import check_count
 
 
 def rerotated() -> Modifier:

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.parameters import check_count, check_share, frozen
 from pytest_kvguard.policies.base import LayerState, Policy
 from pytest_kvguard.policies.budgets import narrowing, share
 from pytest_kvguard.policies.observe import EVERY_QUERY, window_attention
-from pytest_kvguard.policies.parameters import check_count, check_share, frozen
 from pytest_kvguard.policies.selectors import top_tokens
 
 

@@ -13,9 +13,9 @@ never exceed the mean; query heads that share a key/value head add up their vote
 kernel are SnapKV's by default.
 """
 
+from pytest_kvguard.parameters import frozen
 from pytest_kvguard.policies.base import Policy
 from pytest_kvguard.policies.budgets import pyramid
-from pytest_kvguard.policies.parameters import frozen
 from pytest_kvguard.policies.selectors import top_tokens
 from pytest_kvguard.policies.snapkv import smoothed_votes
 

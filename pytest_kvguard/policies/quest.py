@@ -16,10 +16,10 @@ the published evaluation; the number of pages follows from the ratio, without a 
 
 from torch import Tensor
 
+from pytest_kvguard.parameters import check_count, frozen
 from pytest_kvguard.policies.base import Policy, Reading
 from pytest_kvguard.policies.budgets import everything_in_pages
 from pytest_kvguard.policies.full import full
-from pytest_kvguard.policies.parameters import check_count, frozen
 
 
 def quest(page: int = 16, dense: int = 0) -> Policy:

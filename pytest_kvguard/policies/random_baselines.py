@@ -17,9 +17,9 @@ import hashlib
 import torch
 from torch import Tensor
 
+from pytest_kvguard.parameters import check_count, frozen
 from pytest_kvguard.policies.base import LayerState, Policy
 from pytest_kvguard.policies.budgets import keep_ratio, keep_ratio_of_units
-from pytest_kvguard.policies.parameters import check_count, frozen
 from pytest_kvguard.policies.selectors import top_tokens, whole_units
 from pytest_kvguard.policies.units import positions_of
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.parameters import check_choice, check_count, check_share
 from pytest_kvguard.policies.base import LayerState, Modifier, Policy
 from pytest_kvguard.policies.budgets import share as share_of
 from pytest_kvguard.policies.modify import modified
-from pytest_kvguard.policies.parameters import check_choice, check_count, check_share
 
 KINDS = ("system", "instruction", "shot", "document", "question", "template")
 

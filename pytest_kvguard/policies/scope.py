@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.parameters import check_choice, check_count, frozen
 from pytest_kvguard.policies.base import DecodeEviction, DecodeState, Policy
-from pytest_kvguard.policies.parameters import check_choice, check_count, frozen
 from pytest_kvguard.policies.snapkv import snapkv
 
 STRATEGIES = ("slide", "adaptive", "discontinuous")

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pytest_kvguard.errors import Refused
+from pytest_kvguard.parameters import check_choice, check_count, check_share
 from pytest_kvguard.policies.base import LayerState, Selector
 from pytest_kvguard.policies.budgets import share
-from pytest_kvguard.policies.parameters import check_choice, check_count, check_share
 from pytest_kvguard.policies.units import check_units, must_stay, positions_of
 
 HUGE = torch.finfo(torch.float32).max

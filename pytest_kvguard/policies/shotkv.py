@@ -15,11 +15,11 @@ charged). The newest token always stays, as one of the generated tokens kept.
 
 from torch import Tensor
 
+from pytest_kvguard.parameters import check_count, frozen
 from pytest_kvguard.policies.base import DecodeEviction, DecodeState, LayerState, Policy
 from pytest_kvguard.policies.budgets import check_ratio, keep_ratio_of_units, shares
 from pytest_kvguard.policies.evict import attention_of_all_heads
 from pytest_kvguard.policies.observe import window_attention
-from pytest_kvguard.policies.parameters import check_count, frozen
 from pytest_kvguard.policies.selectors import whole_units
 
 

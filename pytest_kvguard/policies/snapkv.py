@@ -17,10 +17,10 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from pytest_kvguard.parameters import check_choice, check_count, check_odd, frozen
 from pytest_kvguard.policies.base import Importance, LayerState, Policy
 from pytest_kvguard.policies.budgets import keep_ratio
 from pytest_kvguard.policies.observe import window_attention
-from pytest_kvguard.policies.parameters import check_choice, check_count, check_odd, frozen
 from pytest_kvguard.policies.recency import favour_latest
 from pytest_kvguard.policies.selectors import top_tokens
 

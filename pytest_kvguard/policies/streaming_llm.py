@@ -15,10 +15,10 @@ is read. With too little room for the sinks and two more, the newest tokens disp
 import torch
 from torch import Tensor
 
+from pytest_kvguard.parameters import check_choice, check_count, frozen
 from pytest_kvguard.policies.base import DecodeEviction, DecodeState, LayerState, Policy
 from pytest_kvguard.policies.budgets import keep_ratio
 from pytest_kvguard.policies.evict import rolling_room, rolling_slots, room_for_next
-from pytest_kvguard.policies.parameters import check_choice, check_count, frozen
 from pytest_kvguard.policies.selectors import top_tokens
 
 

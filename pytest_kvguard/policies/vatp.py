@@ -16,10 +16,10 @@ masked.
 
 from torch import Tensor
 
+from pytest_kvguard.parameters import check_count, check_share, frozen
 from pytest_kvguard.policies.base import LayerState, Policy
 from pytest_kvguard.policies.budgets import keep_ratio, share
 from pytest_kvguard.policies.observe import summed_attention
-from pytest_kvguard.policies.parameters import check_count, check_share, frozen
 from pytest_kvguard.policies.recency import favour_earliest, favour_latest
 from pytest_kvguard.policies.selectors import top_tokens
 

@@ -5,12 +5,12 @@ from time import monotonic
 
 import pytest
 
-from pytest_kvguard.progress import Hear, Progress
+from pytest_kvguard.progress import Progress, ProgressCallback
 
 EVERY = 10.0  # seconds between two lines; work shorter than that says nothing
 
 
-def reporter(config: pytest.Config) -> Callable[[str], Hear]:
+def reporter(config: pytest.Config) -> Callable[[str], ProgressCallback]:
     """Return what turns a title into a listener that writes a line now and then.
 
     Workers of a distributed run have no terminal and stay silent.
@@ -18,7 +18,7 @@ def reporter(config: pytest.Config) -> Callable[[str], Hear]:
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     capture = config.pluginmanager.get_plugin("capturemanager")
 
-    def start(title: str) -> Hear:
+    def start(title: str) -> ProgressCallback:
         began = told = monotonic()
 
         def hear(progress: Progress) -> None:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.policies import get_policy
-from pytest_kvguard.policies.affine import Affine, pack, unpack
 from pytest_kvguard.policies.base import Storage
-from pytest_kvguard.policies.fp8 import Float8
 from pytest_kvguard.policies.full import full
-from pytest_kvguard.policies.kivi import kivi
 from pytest_kvguard.policies.modifiers import MODIFIERS
+from pytest_kvguard.storage.affine import Affine, pack, unpack
+from pytest_kvguard.storage.fp8 import Float8
+from pytest_kvguard.storage.kivi import kivi
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BITS = [2, 4, 8]

@@ -10,8 +10,9 @@ from pytest_kvguard.engine.cache.base import Cursor, LayerCache, Rows, aligned, 
 from pytest_kvguard.engine.cache.quantized import QuantizedCache
 from pytest_kvguard.engine.rope import Rotation
 from pytest_kvguard.engine.stack import StackLayer
-from pytest_kvguard.policies.base import EMPTY, DecodeEviction, DecodeState, Storage
+from pytest_kvguard.policies.base import EMPTY, DecodeEviction, DecodeState
 from pytest_kvguard.policies.evict import victims, victims_at_once
+from pytest_kvguard.storage.base import Storage
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from pytest_kvguard.engine.attention import (
 )
 from pytest_kvguard.engine.cache.base import Cursor, LayerCache, Rows, aligned, widened
 from pytest_kvguard.engine.stack import StackLayer
-from pytest_kvguard.policies.base import EMPTY, Codec, Storage
+from pytest_kvguard.policies.base import EMPTY
 from pytest_kvguard.policies.logits import capped, softmax
+from pytest_kvguard.storage.base import Codec, Storage
 
 
 class QuantizedCache(LayerCache):

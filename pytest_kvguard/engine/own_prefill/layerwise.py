@@ -37,11 +37,13 @@ def keep_layerwise(
             f"queries; combine it with a policy that needs no such sums"
         )
     layers = len(full.stack.layers)
-    if len(full.stack.compressible) < layers:
-        raise Unsupported(
-            f"{policy.name!r} drops tokens between layers, and this model has layers with sliding "
-            f"attention, which are left alone; use a model with full attention in all layers"
-        )
+    for layer in full.stack.layers.values():
+        if layer.window is not None:
+            raise Unsupported(
+                f"layer {layer.layer} has sliding attention; {policy.name!r} can drop tokens "
+                f"between layers only where all have full attention, so use another policy, such "
+                f"as pyramidinfer_kv"
+            )
     positions = torch.arange(len(ids), device=hook.device)
     protected = prompt.protection(policy, hook.device)
     turn = rotation.turn if rotation and policy.needs_turn else None

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pytest_kvguard.engine.cache.base import widened
 from pytest_kvguard.engine.grid import Cell, Prompt
 from pytest_kvguard.engine.model import AttentionHook
 from pytest_kvguard.engine.rope import Rotation
@@ -85,7 +85,7 @@ def _kept(
 ) -> Kept:
     """Put together what all layers hold of the first ``length`` positions."""
     most = max(at.shape[1] for at, _, _ in found)
-    positions = torch.stack([widened(at, most - at.shape[1], -1, EMPTY) for at, _, _ in found])
+    positions = torch.stack([F.pad(at, (0, most - at.shape[1]), value=EMPTY) for at, _, _ in found])
     held = torch.tensor([[at.shape[1]] * len(at) for at, _, _ in found])
     own = tuple((keys, values) for _, keys, values in found)
     kept = Kept(full, length, positions, held, (budget,) * len(found), own)

@@ -4,11 +4,10 @@ As LMDeploy's `quant_policy=8`, https://lmdeploy.readthedocs.io/en/latest/quanti
 asymmetric, the grid of each token and head spans its smallest to its largest channel.
 """
 
-from pytest_kvguard.policies.affine import Affine
-from pytest_kvguard.policies.base import Modifier, Storage
-from pytest_kvguard.policies.storing import storing
+from pytest_kvguard.storage.affine import Affine
+from pytest_kvguard.storage.base import Storage
 
 
-def int8() -> Modifier:
+def int8() -> Storage:
     """Store keys and values in 8 bits as they are written, asymmetric per token and head."""
-    return storing("int8", Storage(keys=Affine(8), values=Affine(8)), {})
+    return Storage(keys=Affine(8), values=Affine(8))

@@ -14,15 +14,14 @@ tokens that are left form the groups, and one that goes while decoding leaves it
 """
 
 from pytest_kvguard.errors import InvalidArgument
-from pytest_kvguard.policies.affine import Affine
-from pytest_kvguard.policies.base import Modifier, Storage
-from pytest_kvguard.policies.parameters import check_count
-from pytest_kvguard.policies.storing import storing
+from pytest_kvguard.parameters import check_count, frozen
+from pytest_kvguard.storage.affine import Affine
+from pytest_kvguard.storage.base import Storage
 
 BITS = (2, 4, 8)
 
 
-def kivi(bits: int = 4, group: int = 32, residual: int = 32) -> Modifier:
+def kivi(bits: int = 4, group: int = 32, residual: int = 32) -> Storage:
     """Store keys and values in 2, 4 or 8 ``bits``; ``residual``: a multiple of ``group``."""
     if bits not in BITS or isinstance(bits, bool):
         raise InvalidArgument(f"bits must be one of {BITS}, got {bits!r}")
@@ -31,9 +30,9 @@ def kivi(bits: int = 4, group: int = 32, residual: int = 32) -> Modifier:
         raise InvalidArgument(
             f"residual must be a multiple of group, got residual={residual} and group={group}"
         )
-    storage = Storage(
+    return Storage(
         keys=Affine(bits, span=group, width=1),
         values=Affine(bits, width=group),
         residual=residual,
+        params=frozen(bits=bits, group=group, residual=residual),
     )
-    return storing("kivi", storage, {"bits": bits, "group": group, "residual": residual})

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pytest_kvguard.policies.base import Modifier, Storage
-from pytest_kvguard.policies.storing import storing
+from pytest_kvguard.storage.base import Storage
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 
 
-def fp8() -> Modifier:
+def fp8() -> Storage:
     """Store keys and values as 8-bit floats (E4M3) as they are written."""
-    return storing("fp8", Storage(keys=Float8(), values=Float8()), {})
+    return Storage(keys=Float8(), values=Float8())
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""The contract of a storage format: a codec for keys, one for values, and when they encode.
+
+R  rows    Hkv  key/value heads    n  tokens    D  head size
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Codec(Protocol):
+    """Turns tokens of a head into codes and back."""
+
+    @property
+    def span(self) -> int:
+        """How many neighbouring tokens are encoded together."""
+
+    def encode(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Encode (..., n, D), n a multiple of ``span``, into all there is to store.
+
+        Each part is (..., n / span, *), so that what is encoded together can be told apart.
+        """
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        """Restore (..., n, D) from the parts, in the type of what was encoded."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How what a head holds is stored, in order of arrival: the oldest as codes.
+
+    With a ``residual`` the newest tokens stay as they are, and a token is attended before the
+    next of the old ones are encoded. Without, each token is encoded as it is written and read
+    back from its codes.
+    """
+
+    keys: Codec
+    values: Codec
+    residual: int = 0  # a multiple of either codec's span
+    params: Mapping[str, Any] = field(  # for reports
+        default_factory=lambda: MappingProxyType({}), compare=False
+    )
+
+    def coded_keys(self, count: Tensor) -> Tensor:
+        """Say how many of ``count`` keys are codes: with a residual, whole multiples of it."""
+        return count // self.residual * self.residual if self.residual else count
+
+    def coded_values(self, count: Tensor) -> Tensor:
+        """Say how many of ``count`` values are codes: all but the residual."""
+        return (count - self.residual).clamp(min=0)
