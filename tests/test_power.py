@@ -2,9 +2,9 @@
 
 import pytest
 
+from pytest_kvguard.engine.grid import Cell
 from pytest_kvguard.harness.compare import Comparison
 from pytest_kvguard.harness.measure import Bench, Measured
-from pytest_kvguard.kv.grid import Cell
 from pytest_kvguard.models import load
 from pytest_kvguard.policies import get_policy
 from pytest_kvguard.tasks import get_task

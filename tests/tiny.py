@@ -4,10 +4,14 @@ from functools import cache
 
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -22,7 +26,7 @@ from transformers import (
 )
 
 VOCABULARY = 97
-WINDOW = 8  # of Gemma3's sliding layers
+WINDOW = 8  # of sliding layers
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -58,6 +62,30 @@ FAMILIES = {
             query_pre_attn_scalar=9,  # a scaling that is not head_dim ** -0.5
             sliding_window=WINDOW,
             layer_types=["sliding_attention", "full_attention", "full_attention"],
+        ),
+    ),
+    "gemma2": lambda: seeded(  # a soft cap on attention logits, which only "eager" knows
+        Gemma2ForCausalLM,
+        Gemma2Config(
+            **{**GROUPED, "num_hidden_layers": 4},
+            head_dim=16,
+            query_pre_attn_scalar=9,
+            attn_logit_softcapping=2.0,  # low enough to bend these logits
+            sliding_window=WINDOW,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            attn_implementation="eager",
+        ),
+    ),
+    "gpt_oss": lambda: seeded(  # attention sinks, which only "eager" knows
+        GptOssForCausalLM,
+        GptOssConfig(
+            **GROUPED,
+            head_dim=16,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=WINDOW,
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+            attn_implementation="eager",
         ),
     ),
 }

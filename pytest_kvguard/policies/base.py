@@ -146,7 +146,7 @@ class DecodeEviction:
     allowed: Callable[[DecodeState], Tensor]  # (R,) or (R, Hkv) how many candidates may be held
     slots: Callable[[int, int, float], int]  # budget, new tokens, ratio -> slots a row needs
     accumulate: bool = False  # carry `sums` from the prefill on
-    burst: int = 1  # slots a head may free after one token, one after the other
+    burst: int = 1  # slots a head may free after one token, the least important first
     by_ratio: bool = True  # whether how much is held follows from a keep ratio
 
 

@@ -8,8 +8,8 @@ from fractions import Fraction
 import pytest
 import torch
 
+from pytest_kvguard.engine.grid import Cell
 from pytest_kvguard.errors import InvalidArgument
-from pytest_kvguard.kv.grid import Cell
 from pytest_kvguard.policies import get_policy
 from pytest_kvguard.policies.base import EMPTY, DecodeState
 from pytest_kvguard.policies.combine import combined

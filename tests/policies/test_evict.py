@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.policies import POLICIES, get_policy
 from pytest_kvguard.policies.base import EMPTY, DecodeEviction, DecodeState
-from pytest_kvguard.policies.evict import attention_of_all_heads, rolling_slots, victims
+from pytest_kvguard.policies.evict import (
+    attention_of_all_heads,
+    rolling_slots,
+    victims,
+    victims_at_once,
+)
 from tests.strategies import decode_states
 
 
@@ -84,12 +89,53 @@ def test_heads_that_hold_the_same_round_as_those_that_do_not(heads):
     )
 
 
+@pytest.mark.parametrize("limit", [None, 9])
 @pytest.mark.parametrize("name", [n for n in POLICIES if get_policy(n).decode is not None])
-def test_nothing_waits_for_the_device(name):
+def test_nothing_waits_for_the_device(name, limit):
     """On a device that holds no numbers, asking for one raises."""
     state = protected(a_decode_state([*range(8), EMPTY], sums=[0.0] * 9), 2, 3)
-    tensors = {f.name: getattr(state, f.name).to("meta") for f in fields(state)}
-    assert victims(get_policy(name).decode, DecodeState(**tensors)).device.type == "meta"
+    tensors = {f.name: getattr(state, f.name) for f in fields(state) if f.name != "limit"}
+    there = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    decode = get_policy(name).decode
+    assert victims(decode, DecodeState(**there, limit=limit)).device.type == "meta"
+    assert victims_at_once(decode, DecodeState(**there, limit=limit)).device.type == "meta"
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("burst", [1, 2, 5, 60])
+def test_what_goes_at_once_is_what_would_go_one_after_the_other(burst, seed):
+    """Of equals the latest; protected ones and the newest stay; heads differ in what they hold."""
+    generator = torch.Generator().manual_seed(seed)
+    positions = torch.stack(
+        [torch.randperm(50, generator=generator)[:40] for _ in range(6)]
+    ).unflatten(0, (2, 3))
+    positions[torch.rand(2, 3, 40, generator=generator) < 0.2] = EMPTY
+    ratings = torch.randint(0, 4, (2, 3, 50), generator=generator).float()
+    eviction = DecodeEviction(
+        importance=lambda state: ratings.gather(2, state.positions.clamp(min=0)),
+        candidates=lambda state: state.positions % 7 != 0,
+        allowed=lambda state: torch.tensor([11, 19]),
+        slots=lambda budget, new, ratio: 40,
+        burst=burst,
+    )
+    state = DecodeState(
+        weights=torch.zeros(2, 3, 40),
+        sums=None,
+        positions=positions,
+        newest=positions.amax(dim=(1, 2)),
+        prompt_length=torch.tensor([30, 30]),
+        budget=torch.tensor([20, 20]),
+        ratio=torch.tensor([0.5, 0.5], dtype=torch.float64),
+        protected=positions % 5 == 0,
+    )
+    one_by_one = state.positions.clone()
+    for _ in range(burst):
+        slot = victims(eviction, replace(state, positions=one_by_one.clone())).unsqueeze(-1)
+        gone = torch.zeros_like(one_by_one, dtype=torch.bool)
+        one_by_one[gone.scatter_(2, slot.clamp(min=0), slot != EMPTY)] = EMPTY
+    at_once = positions.masked_fill(victims_at_once(eviction, state), EMPTY)
+    assert torch.equal(at_once, one_by_one)
+    assert not torch.equal(at_once, positions)
 
 
 def a_decode_state(positions, sums=None, **changes):

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_kvguard.engine.select import importances, keep_masks
 from pytest_kvguard.errors import InvalidArgument, Refused
 from pytest_kvguard.harness.encode import PROTECTABLE
-from pytest_kvguard.kv.compress import importances, keep_masks
 from pytest_kvguard.laws import check_policy
 from pytest_kvguard.policies import POLICIES, get_policy
 from pytest_kvguard.policies.base import Passage
