@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_chunks_are_as_large_as_fits_and_lose_nothing(sizes, most):
     found = [list(chunk) for chunk in chunks(sizes, lambda size: size, most)]
     assert [size for chunk in found for size in chunk] == sizes
     assert all(sum(chunk) <= most or len(chunk) == 1 for chunk in found)
-    for chunk, after in zip(found, found[1:], strict=False):
+    for chunk, after in pairwise(found):
         assert sum(chunk) + after[0] > most
 
 

@@ -175,7 +175,7 @@ def test_slots_that_are_no_positions_are_refused():
         group_of(kept)
 
 
-@pytest.mark.parametrize("settings", [None, Settings(capacity=1, growth=3)], ids=["room", "growing"])
+@pytest.mark.parametrize("settings", [None, Settings(capacity=1, growth=3)], ids=["room", "grows"])
 @pytest.mark.parametrize("dense", [0, 1])
 def test_the_engine_reads_the_share_it_was_asked_for(dense, settings):
     cells = [Cell(get_policy(f"quest(page=4, dense={dense})"), ratio) for ratio in (0.3, 0.5, 1.0)]
