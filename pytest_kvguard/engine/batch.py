@@ -8,16 +8,8 @@ from torch import Tensor
 
 from pytest_kvguard.engine.attention import AttentionCall
 from pytest_kvguard.engine.cache.draft import DraftCache
-from pytest_kvguard.engine.cache.group import Group, New
+from pytest_kvguard.engine.cache.group import Group, GroupFailed, New, blamed_on
 from pytest_kvguard.engine.model import AttentionHook
-
-
-class GroupFailed(Exception):
-    """A policy's or codec's code raised while rows of one group attended."""
-
-    def __init__(self, cells: frozenset[int]) -> None:
-        super().__init__(cells)
-        self.cells = cells  # whose rows they are
 
 
 class Batch:
@@ -138,7 +130,8 @@ class Batch:
         """Bytes of the codes each row stores, over all layers; None where there are no codes."""
         sizes: list[int | None] = []
         for group in self.groups:
-            found = [cache.bytes for cache in group.caches.values()]
+            with blamed_on(group.cells):
+                found = [cache.bytes for cache in group.caches.values()]
             stored = [one.cpu() for one in found if one is not None]
             sizes += torch.stack(stored).sum(dim=0).tolist() if stored else [None] * group.rows
         return sizes

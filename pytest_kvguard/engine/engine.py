@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from pytest_kvguard.engine.batch import GroupFailed
+from pytest_kvguard.engine.cache.group import GroupFailed
 from pytest_kvguard.engine.compress import Compressor
 from pytest_kvguard.engine.generate import answer_in_full, write_on
 from pytest_kvguard.engine.grid import Answer, Cell, Grid, Outcome, Prompt, Stopping

@@ -13,7 +13,7 @@ from pytest_kvguard.engine.cache.base import Rows
 from pytest_kvguard.engine.cache.dense import DenseCache
 from pytest_kvguard.engine.cache.draft import DraftCache
 from pytest_kvguard.engine.cache.evicting import Decoding, EvictingCache
-from pytest_kvguard.engine.cache.group import Group, MakeCache
+from pytest_kvguard.engine.cache.group import Group, MakeCache, blamed_on
 from pytest_kvguard.engine.cache.paged import ALL, PagedCache
 from pytest_kvguard.engine.cache.quantized import QuantizedCache
 from pytest_kvguard.engine.cache.shared import SharedPrefixCache
@@ -133,28 +133,33 @@ def _by_kind(requests: Sequence[Request]) -> list[list[int]]:
 
 def _decoding_group(requests: Sequence[Request], capacity: int, new: int) -> Group:
     """Make the group of rows that evict, encode or read in pages; all decode alike."""
-    first, rows = requests[0], Rows([request.kept for request in requests])
+    cells = frozenset(request.index for request in requests)
+    with blamed_on(cells):
+        make = _maker(requests, new)
+        rows = Rows([request.kept for request in requests])
+        return Group.of(rows, make, sliding=DenseCache, capacity=capacity, cells=cells)
+
+
+def _maker(requests: Sequence[Request], new: int) -> MakeCache:
+    """Choose the cache of rows that evict, encode or read in pages."""
+    first = requests[0]
     policy = first.cell.policy
-    make: MakeCache
     if policy.read is not None:
         pages = torch.tensor([_pages_read(request) for request in requests])
-        make = partial(PagedCache, reading=policy.read, pages=pages)
-    elif first.cell.decode is None:
+        return partial(PagedCache, reading=policy.read, pages=pages)
+    if first.cell.decode is None:
         assert policy.store is not None
-        make = partial(QuantizedCache, storage=policy.store)
-    else:
-        decoding = Decoding(
-            eviction=first.cell.decode,
-            ratio=torch.tensor([r.cell.decode_ratio for r in requests], dtype=torch.float64),
-            prompt_length=torch.tensor([len(r.held.prompt.ids) for r in requests]),
-            fresh=torch.tensor([r.held.prompt.compressed for r in requests]),
-            new=(new,) * len(requests),
-            rotation=first.rotation,
-            protected=_protections(requests),
-        )
-        make = partial(EvictingCache, decoding=decoding, storage=policy.store)
-    cells = frozenset(request.index for request in requests)
-    return Group.of(rows, make, sliding=DenseCache, capacity=capacity, cells=cells)
+        return partial(QuantizedCache, storage=policy.store)
+    decoding = Decoding(
+        eviction=first.cell.decode,
+        ratio=torch.tensor([r.cell.decode_ratio for r in requests], dtype=torch.float64),
+        prompt_length=torch.tensor([len(r.held.prompt.ids) for r in requests]),
+        fresh=torch.tensor([r.held.prompt.compressed for r in requests]),
+        new=(new,) * len(requests),
+        rotation=first.rotation,
+        protected=_protections(requests),
+    )
+    return partial(EvictingCache, decoding=decoding, storage=policy.store)
 
 
 def _pages_read(request: Request) -> int:

@@ -122,15 +122,26 @@ class DecodeState:
     protected: Tensor | None = None  # (R, Hkv, C) bool, held ones that never go; None: no such
     limit: int | None = None  # every position is below this; None: not known
 
-    @property
+    @cached_property
     def held(self) -> Tensor:
         """Whether each slot holds a token, (R, Hkv, C) bool."""
         return self.positions != EMPTY
 
-    @property
+    @cached_property
     def generated(self) -> Tensor:
         """Whether each slot holds a generated token, (R, Hkv, C) bool."""
         return self.positions >= self.prompt_length[:, None, None]
+
+    @cached_property
+    def _seen(self) -> dict[Any, Any]:
+        return {}
+
+    def once(self, look: Callable[["DecodeState"], Seen]) -> Seen:
+        """Return ``look(self)``, computed the first time only; see `LayerState.once`."""
+        if look not in self._seen:
+            self._seen[look] = look(self)
+        seen: Seen = self._seen[look]
+        return seen
 
 
 @dataclass(frozen=True)

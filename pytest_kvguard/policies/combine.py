@@ -61,9 +61,9 @@ def among_generated(eviction: DecodeEviction) -> DecodeEviction:
     """Return the same eviction for a prompt that is frozen: it sees generated tokens only."""
     return replace(
         eviction,
-        importance=lambda state: eviction.importance(_generated(state)),
-        candidates=lambda state: eviction.candidates(_generated(state)) & state.generated,
-        allowed=lambda state: eviction.allowed(_generated(state)),
+        importance=lambda state: eviction.importance(state.once(_generated)),
+        candidates=lambda state: eviction.candidates(state.once(_generated)) & state.generated,
+        allowed=lambda state: eviction.allowed(state.once(_generated)),
         slots=lambda budget, new, ratio: budget + new,  # a question fed later stays as well
     )
 

@@ -46,8 +46,8 @@ def h2o(heavy: float = 0.5) -> Policy:
         needs_sums=True,
         decode=DecodeEviction(
             importance=_accumulated,
-            candidates=candidates,
-            allowed=lambda state: room_for_next(candidates(state), state),
+            candidates=lambda state: state.once(candidates),
+            allowed=lambda state: room_for_next(state.once(candidates), state),
             slots=rolling_slots,
             accumulate=True,
         ),

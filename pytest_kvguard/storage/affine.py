@@ -78,4 +78,4 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 def _each(per_tile: Tensor) -> Tensor:
     """Spread one number a tile over its tokens and channels: (..., tiles) -> (..., 1, tiles, 1)."""
-    return per_tile.unsqueeze(-2).unsqueeze(-1)
+    return per_tile.unflatten(-1, (1, -1, 1))

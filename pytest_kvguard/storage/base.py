@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from pytest_kvguard.errors import InvalidArgument
+
 
 class Codec(Protocol):
     """Turns tokens of a head into codes and back."""
@@ -39,10 +41,18 @@ class Storage:
 
     keys: Codec
     values: Codec
-    residual: int = 0  # a multiple of either codec's span
+    residual: int = 0  # a multiple of either codec's span, not 0 where one is more than 1
     params: Mapping[str, Any] = field(  # for reports
         default_factory=lambda: MappingProxyType({}), compare=False
     )
+
+    def __post_init__(self) -> None:
+        for what, codec in (("keys", self.keys), ("values", self.values)):
+            if self.residual % codec.span or (codec.span > 1 and not self.residual):
+                raise InvalidArgument(
+                    f"{what} are encoded {codec.span} tokens together, so the residual must be a "
+                    f"multiple of {codec.span}, got {self.residual}"
+                )
 
     def coded_keys(self, count: Tensor) -> Tensor:
         """Say how many of ``count`` keys are codes: with a residual, whole multiples of it."""

@@ -20,7 +20,8 @@ from pytest_kvguard.engine.rope import Rotation
 from pytest_kvguard.engine.select import Kept, importances, keep, keep_masks
 from pytest_kvguard.engine.stack import Prefill
 from pytest_kvguard.policies import POLICIES, get_policy
-from pytest_kvguard.policies.base import Policy, Storage
+from pytest_kvguard.policies.base import Policy
+from pytest_kvguard.storage.base import Storage
 from tests.tiny import WINDOW, tokens
 
 PROMPT = tokens(41)

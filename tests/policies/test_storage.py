@@ -9,10 +9,10 @@ from torch import Tensor
 
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.policies import get_policy
-from pytest_kvguard.policies.base import Storage
 from pytest_kvguard.policies.full import full
 from pytest_kvguard.policies.modifiers import MODIFIERS
 from pytest_kvguard.storage.affine import Affine, pack, unpack
+from pytest_kvguard.storage.base import Storage
 from pytest_kvguard.storage.fp8 import Float8
 from pytest_kvguard.storage.kivi import kivi
 
@@ -167,7 +167,7 @@ def test_a_storage_alone_is_judged_by_bytes_and_a_policy_with_it_by_positions(na
 
 
 def test_kivi_says_how_it_was_asked_for():
-    policy = kivi(bits=2, group=8, residual=16)(get_policy("knorm"))
+    policy = MODIFIERS["kivi"](bits=2, group=8, residual=16)(get_policy("knorm"))
     assert policy.params == {"bits": 2, "group": 8, "residual": 16}
     assert policy.store == Storage(Affine(2, span=8, width=1), Affine(2, width=8), 16)
 

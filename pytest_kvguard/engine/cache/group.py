@@ -1,6 +1,7 @@
 """Rows that hold their caches in the same way: a cache for each layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,27 @@ MakeCache = Callable[[Rows, StackLayer, int, Cursor], LayerCache]
 
 New = dict[int, tuple[Tensor, Tensor]]
 """By layer, keys and values (Hkv, n, D) of tokens that were fed."""
+
+
+class GroupFailed(Exception):
+    """A policy's or codec's code raised while rows of one group were made or attended."""
+
+    def __init__(self, cells: frozenset[int]) -> None:
+        super().__init__(cells)
+        self.cells = cells  # whose rows they are
+
+
+@contextmanager
+def blamed_on(cells: frozenset[int] | None) -> Iterator[None]:
+    """Raise GroupFailed for what goes wrong in code of a policy or a codec, if any runs."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as problem:
+        if cells is None:
+            raise
+        raise GroupFailed(cells) from problem
 
 
 @dataclass

@@ -39,7 +39,10 @@ class QuantizedCache(LayerCache):
         self.positions = widened(rows.places(layer, index), slots - most, -1, EMPTY)
         self.count = (self.positions != EMPTY).sum(dim=-1)  # (R, Hkv) arrivals
         self.before = torch.zeros_like(self.count)  # arrivals before the newest
-        self._encode(self.before, self.count, most)
+        if storage.residual:
+            self._encode(self.before, self.count, most)
+        else:
+            self.keys, self.values = restored(storage, self.keys, self.values)
 
     def attend(self, call: AttentionCall, asking: Tensor, real: Tensor | None) -> Tensor:
         """Store the new tokens and attend in one go, each token as if it had come alone."""
@@ -71,8 +74,10 @@ class QuantizedCache(LayerCache):
         """Write new tokens (R, Hkv, Q, D) at positions (R, Q), EMPTY for padding.
 
         Returns keys and values (R, Hkv, C, D) as the new tokens see them: with a residual before
-        any more are encoded, without one after all are. Call `settle` when they have attended.
+        any more are encoded, without one as codes. Call `settle` when they have attended.
         """
+        if not self.storage.residual:
+            key, value = restored(self.storage, key, value)
         real = (at != EMPTY)[:, None].expand(-1, self.count.shape[1], -1)  # (R, Hkv, Q)
         place = self.count.unsqueeze(-1) + real.cumsum(dim=-1) - 1
         place = place.masked_fill(~real, self.keys.shape[2] - 1)  # behind all that ever come
@@ -81,8 +86,6 @@ class QuantizedCache(LayerCache):
         self.positions.scatter_(2, place, at[:, None].expand_as(place))
         self.before.copy_(self.count)
         self.count += real.sum(dim=-1)
-        if not self.storage.residual:
-            self._encode(self.before, self.count, key.shape[2])
         return self.keys, self.values
 
     def settle(self, width: int) -> None:
@@ -92,7 +95,7 @@ class QuantizedCache(LayerCache):
 
     def _encode(self, before: Tensor, after: Tensor, width: int) -> None:
         """Go from ``before`` to ``after`` arrivals (R, Hkv), at most ``width`` more, in codes."""
-        storage, group = self.storage, max(1, self.storage.residual)
+        storage, group = self.storage, self.storage.residual
         groups = (group - 1 + width) // group * group  # keys are encoded a residual at a time
         coded = storage.coded_keys
         restore(self.keys, storage.keys, coded(before), coded(after), groups)
@@ -119,6 +122,18 @@ class QuantizedCache(LayerCache):
         return (keys + values).sum(dim=1)
 
 
+def restored(storage: Storage, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Put keys and values (R, Hkv, n, D), each token by itself, through their codecs."""
+    if storage.keys == storage.values and keys.shape == values.shape:  # one go for both
+        both = torch.cat([keys, values], dim=1)
+        first, second = storage.keys.decode(storage.keys.encode(both)).chunk(2, dim=1)
+        return first, second
+    return (
+        storage.keys.decode(storage.keys.encode(keys)),
+        storage.values.decode(storage.values.encode(values)),
+    )
+
+
 def restore(held: Tensor, codec: Codec, start: Tensor, end: Tensor, most: int) -> None:
     """Put tokens ``start`` to ``end`` (R, Hkv), at most ``most``, through a codec, in place.
 
@@ -131,8 +146,8 @@ def restore(held: Tensor, codec: Codec, start: Tensor, end: Tensor, most: int) -
     new = place < end.unsqueeze(-1)
     spot = place.clamp(max=held.shape[2] - 1).unsqueeze(-1).expand(-1, -1, -1, held.shape[-1])
     tokens = held.gather(2, spot)
-    restored = codec.decode(codec.encode(tokens))
-    held.scatter_(2, spot, torch.where(new.unsqueeze(-1), restored, tokens))
+    coded = codec.decode(codec.encode(tokens))
+    held.scatter_(2, spot, torch.where(new.unsqueeze(-1), coded, tokens))
 
 
 def stored_bytes(codec: Codec, held: Tensor, coded: Tensor, count: Tensor) -> Tensor:

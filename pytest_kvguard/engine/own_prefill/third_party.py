@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from pytest_kvguard.engine.grid import Cell, Prompt
-from pytest_kvguard.engine.model import AttentionHook
+from pytest_kvguard.engine.model import AttentionHook, cache_argument
 from pytest_kvguard.engine.rope import Rotation
 from pytest_kvguard.engine.select import Kept, repositioned
 from pytest_kvguard.engine.stack import Prefill
@@ -101,7 +101,12 @@ def _run(
     with hook.lent() as model, _untouched(model), _reproducible(hook.device):
         try:
             with foreign(ratio)(model):
-                model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                model(
+                    input_ids=tokens,
+                    use_cache=True,
+                    logits_to_keep=1,
+                    **cache_argument(model, cache),
+                )
         except KVGuardError:
             raise
         except OSError as problem:  # what the hub's errors have in common
