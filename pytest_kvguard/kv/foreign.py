@@ -19,7 +19,7 @@ from pytest_kvguard.kv.compress import AnyKept, Kept, KeptLayer, Source, pack, p
 from pytest_kvguard.kv.grid import Cell, Prompt
 from pytest_kvguard.kv.prefill import Prefill
 from pytest_kvguard.kv.rope import Rotation
-from pytest_kvguard.kv.seam import Seam
+from pytest_kvguard.kv.seam import Seam, cache_argument
 from pytest_kvguard.policies.base import Foreign
 from pytest_kvguard.policies.budgets import share
 
@@ -86,7 +86,12 @@ def _run(
     with seam.lent() as model, _untouched(model), _reproducible(seam.device):
         try:
             with foreign(ratio)(model):
-                model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                model(
+                    input_ids=tokens,
+                    use_cache=True,
+                    logits_to_keep=1,
+                    **cache_argument(model, cache),
+                )
         except KVGuardError:
             raise
         except OSError as problem:  # what the hub's errors have in common

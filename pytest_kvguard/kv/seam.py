@@ -9,11 +9,12 @@ none of transformers' cache or mask code runs and its changes between versions c
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pytest_kvguard.errors import Unsupported
@@ -154,6 +155,16 @@ def _register(attention: Callable[..., tuple[Tensor, None]]) -> None:
     AttentionInterface.register(NAME, attention)
     with suppress(KeyError):  # kvpress wraps what is registered when it is imported, for good
         del ALL_ATTENTION_FUNCTIONS[NAME]
+
+
+def cache_argument(module: torch.nn.Module, cache: Cache) -> dict[str, Cache]:
+    """Return a transformers cache under the name by which a model or layer of it takes one.
+
+    That is ``past_key_values`` up to transformers 5.23 and ``cache`` from 5.24, which warns of the
+    old name.
+    """
+    known = signature(module.forward).parameters
+    return {"cache" if "cache" in known else "past_key_values": cache}
 
 
 def check_layers(model: PreTrainedModel) -> None:

@@ -17,7 +17,7 @@ from pytest_kvguard.kv.engine import Engine
 from pytest_kvguard.kv.grid import Cell, Prompt
 from pytest_kvguard.kv.narrowing import narrow
 from pytest_kvguard.kv.rows import Rows
-from pytest_kvguard.kv.seam import Seam
+from pytest_kvguard.kv.seam import Seam, cache_argument
 from pytest_kvguard.policies import get_policy
 from pytest_kvguard.policies.base import EMPTY
 from pytest_kvguard.policies.selectors import top_tokens
@@ -57,8 +57,8 @@ def really_dropped(model, ids, budgets, last_stays):
             hidden,
             attention_mask=causal[None, None],
             position_ids=at[None],
-            past_key_values=cache,
             position_embeddings=rope,
+            **cache_argument(layer, cache),
         )
         hook.remove()
         attention = probabilities(layer.self_attn, probe["x"], rope, causal)  # (Hq, t, t)
@@ -90,8 +90,8 @@ def really_dropped(model, ids, budgets, last_stays):
             hidden,
             attention_mask=mask[None, None],
             position_ids=fed[None],
-            past_key_values=cache,
             position_embeddings=rope,
+            **cache_argument(layer, cache),
         )
     return kept, model.lm_head(inner.norm(hidden))[0]
 

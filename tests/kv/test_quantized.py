@@ -9,7 +9,7 @@ from pytest_kvguard.kv.grid import Cell
 from pytest_kvguard.kv.prefill import Prefill
 from pytest_kvguard.kv.quantized import QuantizedLayer, quantized
 from pytest_kvguard.kv.rows import Rows
-from pytest_kvguard.kv.seam import Seam
+from pytest_kvguard.kv.seam import Seam, cache_argument
 from pytest_kvguard.policies import get_policy
 from pytest_kvguard.policies.base import EMPTY, Policy, Storage
 from pytest_kvguard.policies.full import full
@@ -93,7 +93,7 @@ def stock_steps(model: PreTrainedModel, cache: RoundedCache, masks=None) -> Tens
             given = {
                 "input_ids": torch.tensor([[token]]),
                 "position_ids": position,
-                "past_key_values": cache,
+                **cache_argument(model, cache),
             }
             if hidden:
                 with masked(model, hidden):
