@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads wo
 # Some virtual machines advertise AMX and fault on its bfloat16 kernels.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
-pytest_plugins = ["pytester"]
+pytest_plugins = ["pytester", "tests.deprecations"]
 
 
 @pytest.fixture(scope="session")
