@@ -41,9 +41,8 @@ def python(wheel, tmp_path_factory) -> Path:
 
 def checked(python: Path, folder: Path, text: str) -> subprocess.CompletedProcess[str]:
     (folder / "test_user.py").write_text(text, encoding="utf-8")
-    cache = python.parents[1] / "cache"
-    options = ["--strict", "--config-file=", f"--cache-dir={cache}", f"--python-executable={python}"]
-    mypy = [sys.executable, "-m", "mypy", *options, "test_user.py"]
+    where = [f"--cache-dir={python.parents[1] / 'cache'}", f"--python-executable={python}"]
+    mypy = [sys.executable, "-m", "mypy", "--strict", "--config-file=", *where, "test_user.py"]
     elsewhere = {name: os.environ[name] for name in os.environ.keys() - {"PYTHONPATH", "MYPYPATH"}}
     return subprocess.run(mypy, cwd=folder, env=elsewhere, capture_output=True, text=True)
 
