@@ -1,4 +1,7 @@
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -10,7 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads wo
 # Some virtual machines advertise AMX and fault on its bfloat16 kernels.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
-pytest_plugins = ["pytester"]
+ROOT = Path(__file__).parents[1]
+
+pytest_plugins = ["pytester", "tests.deprecations"]
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +26,13 @@ def imported():
     from pytest_kvguard.tasks import get_task
 
     Bench(load("reasoner")).measure(get_task("facts"), [], limit=1)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of this package, built as for a release."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    [built] = folder.glob("*.whl")
+    return built

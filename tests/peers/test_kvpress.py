@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from pytest_kvguard.kv.compress import importances, keep_masks
 from pytest_kvguard.kv.prefill import About, Observe, prefill
 from pytest_kvguard.kv.rope import find_rotation
-from pytest_kvguard.kv.seam import Seam
+from pytest_kvguard.kv.seam import Seam, cache_argument
 from pytest_kvguard.models import load
 from pytest_kvguard.policies import get_policy
 from pytest_kvguard.policies.base import LayerState, Policy
@@ -160,7 +160,7 @@ def states_of(
 def kept_by_press(press, model: PreTrainedModel) -> list[Tensor]:
     """Return what a press leaves of every layer's cache, (Hkv, T) bool each."""
     with torch.inference_mode(), watched(press) as masks, press(model):
-        model(PROMPT[None], past_key_values=DynamicCache(), use_cache=True)
+        model(PROMPT[None], use_cache=True, **cache_argument(model, DynamicCache()))
     return [masks[layer] for layer in sorted(masks)]
 
 

@@ -10,7 +10,7 @@ from pytest_kvguard.kv.engine import Engine
 from pytest_kvguard.kv.foreign import keep_foreign
 from pytest_kvguard.kv.grid import Cell, Prompt
 from pytest_kvguard.kv.prefill import Observe, prefill
-from pytest_kvguard.kv.seam import Seam
+from pytest_kvguard.kv.seam import Seam, cache_argument
 from pytest_kvguard.policies import get_policy
 from pytest_kvguard.policies.kvpress import kvpress_policy
 from tests.tiny import GROUPED, family, llama, tokens
@@ -52,13 +52,14 @@ def theirs(model, make, ratio, ids, fed):
     press.compression_ratio = 1 - ratio
     with torch.inference_mode():
         with press(model):
-            model.model(input_ids=torch.tensor([ids]), past_key_values=cache)
+            model.model(input_ids=torch.tensor([ids]), **cache_argument(model.model, cache))
         if len({layer.keys.shape[2] for layer in cache.layers}) > 1:
             return cache, None
         said, feed, at = [], list(fed), len(ids)
         for _ in range(STOPPING.most):
             positions = torch.arange(at, at + len(feed))[None]
-            out = model(torch.tensor([feed]), past_key_values=cache, position_ids=positions)
+            given = cache_argument(model, cache)
+            out = model(torch.tensor([feed]), position_ids=positions, **given)
             at, feed = at + len(feed), [int(out.logits[0, -1].argmax())]
             said += feed
     return cache, said
