@@ -211,6 +211,23 @@ def test_a_row_that_memory_does_not_hold_fails_only_its_cell():
         assert compared(grid.cells[at + (at >= 2)]) == compared(outcome)
 
 
+def test_out_of_memory_in_the_code_of_a_policy_is_not_its_fault():
+    """Its rows are halved like all others."""
+    h2o, sizes = get_policy("h2o"), []
+
+    def importance(state):
+        sizes.append(len(state.positions))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("too many")
+        return h2o.decode.importance(state)
+
+    short = Cell(replace(h2o, decode=replace(h2o.decode, importance=importance)), 0.5)
+    plain, _ = run(family("llama"), prompts(), cells("h2o", "knorm"))
+    grid, _ = run(family("llama"), prompts(), [short, *cells("knorm")])
+    assert max(sizes) > 2
+    check_equal(grid, plain)
+
+
 def test_what_no_row_at_all_has_memory_for_is_said():
     hook = Tight(family("llama"), 0)
     with pytest.raises(torch.OutOfMemoryError, match="1 rows"):

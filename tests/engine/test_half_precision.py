@@ -21,7 +21,7 @@ from tests.engine.grids import EVERY_CACHE, STOPPING, answers, cells, outcomes, 
 from tests.engine.stock import compressed, feed, plain_logits, policy_of, stock_logits_of
 from tests.tiny import FAMILIES, llama
 
-TOLERANCE = 8  # steps of the type at the size of the largest logit
+TOLERANCE = 8  # steps of the type at the size of the largest logit; 0.6 to 5.2 on an x86 CPU
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
 
