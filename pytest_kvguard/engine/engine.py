@@ -6,7 +6,9 @@ pass and writes on by itself only from where it disagrees. Rows of all cells and
 through the model together, as many as memory allows.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from time import perf_counter
 from typing import TypeVar
 
@@ -16,15 +18,21 @@ from pytest_kvguard.engine.cache.group import GroupFailed
 from pytest_kvguard.engine.compress import Compressor
 from pytest_kvguard.engine.generate import answer_in_full, write_on
 from pytest_kvguard.engine.grid import Answer, Cell, Grid, Outcome, Prompt, Stopping
-from pytest_kvguard.engine.groups import worth_sharing
 from pytest_kvguard.engine.memory import chunks, halving, keep_freed_memory, peak_on, room_on
 from pytest_kvguard.engine.model import AttentionHook
 from pytest_kvguard.engine.own_prefill import OwnPrefills, prefills_alone
 from pytest_kvguard.engine.prefill import Observe
 from pytest_kvguard.engine.record import Meter, fail, record
-from pytest_kvguard.engine.requests import Draft, HeldPrompt, Request, VerifiedRow, kept_bytes
+from pytest_kvguard.engine.requests import Draft, HeldPrompt, Request, VerifiedRow
 from pytest_kvguard.engine.selfcheck import check_faithful
 from pytest_kvguard.engine.settings import Settings
+from pytest_kvguard.engine.sizes import (
+    answer_bytes,
+    draft_bytes,
+    one_layer_bytes,
+    reading_bytes,
+    writing_bytes,
+)
 from pytest_kvguard.engine.verify import read_in_full, verify
 from pytest_kvguard.engine.waves import Wave, waves
 from pytest_kvguard.progress import ProgressCallback, no_progress
@@ -33,7 +41,13 @@ Item = TypeVar("Item")
 
 SHARE = 4  # prefills, references and rows exist at the same time, each a part of the memory
 
-LOGIT_BYTES = 12  # a float32 logit, its log-softmax, and the reference's
+Look = Callable[[Mapping[int, Answer]], int]
+"""Answers of the full cache by prompt -> after how many more to look again; 0: end the run."""
+
+
+def look_no_more(answers: Mapping[int, Answer]) -> int:
+    """Let all answers be given."""
+    return sys.maxsize
 
 
 class Engine:
@@ -68,14 +82,14 @@ class Engine:
         stopping: Stopping,
         *,
         first: int = 24,
-        go_on: Callable[[Mapping[int, Answer]], bool] = lambda answers: True,
+        look: Look = look_no_more,
         progress: ProgressCallback = no_progress,
     ) -> Grid:
         """Answer every prompt with the full cache and under every cell.
 
-        While the full cache has given fewer than ``first`` answers, ``go_on`` is asked after
-        each batch of them, and may end the run. ``progress`` is called after every pass of the
-        model.
+        After the first ``first`` answers of the full cache, ``look`` is given all there are. It
+        returns after how many more it is asked again; 0 ends the run. ``progress`` is called after
+        every pass of the model.
         """
         grid = Grid(Outcome(), {index: Outcome() for index in range(len(cells))})
         if not prompts:
@@ -88,13 +102,18 @@ class Engine:
         def passed() -> None:
             progress(grid.progress(len(prompts), self.hook.tokens - tokens))
 
+        def draft_size(held: HeldPrompt) -> int:
+            tokens = grid.baseline.answers[held.index].tokens
+            return draft_bytes(len(tokens), self.hook.vocabulary)
+
         with self.hook.open(passed):
+            looks = _Looks(look, first)
             for wave in waves(prompts, self._position_bytes, self.room):
-                if not self._baseline(wave, prompts, cells, grid, stopping, first, go_on):
+                if not self._baseline(wave, prompts, cells, grid, stopping, looks):
                     grid.abandoned = True
                     break
                 held = [wave.held(index, prompts[index]) for index in wave.indices]
-                for part in chunks(held, self._draft_bytes(grid), self.room):
+                for part in chunks(held, draft_size, self.room):
                     self._cells(part, cells, grid, stopping)
         own = sum(outcome.prefills for outcome in grid.cells.values())
         grid.prefills = self.hook.prefills - prefills - own
@@ -108,8 +127,7 @@ class Engine:
         cells: Sequence[Cell],
         grid: Grid,
         stopping: Stopping,
-        first: int,
-        go_on: Callable[[Mapping[int, Answer]], bool],
+        looks: "_Looks",
     ) -> bool:
         """Prefill a wave and let the full cache answer; return whether to go on."""
         sharing = [cell.policy for cell in cells if not prefills_alone(cell.policy)]
@@ -117,16 +135,18 @@ class Engine:
             window=max([policy.window for policy in sharing], default=1),
             sums=any(policy.needs_sums for policy in sharing),
         )
+
+        def answer_size(held: HeldPrompt) -> int:
+            return answer_bytes(held, stopping, self.hook.vocabulary)
+
         left = list(wave.indices)
         while left:
-            on_trial = max(0, first - len(grid.baseline.answers))
-            some = left[: on_trial or None]
-            left = left[len(some) :]
+            some, left = left[: looks.wait], left[looks.wait :]
             wave.prefill(self.hook, [prompts[index] for index in some], observe, self.settings)
             held = [wave.held(index, prompts[index]) for index in some]
-            for batch in chunks(held, self._new_bytes(stopping), self.room):
+            for batch in chunks(held, answer_size, self.room):
                 self._answer(batch, grid, stopping)
-            if on_trial and not go_on(grid.baseline.answers):
+            if not looks.go_on(len(some), grid.baseline.answers):
                 return False
         return True
 
@@ -150,24 +170,6 @@ class Engine:
         outcome.forwards += max((answer.forwards for answer in fresh.values()), default=0)
         outcome.seconds += perf_counter() - meter
 
-    def _new_bytes(self, stopping: Stopping) -> Callable[[HeldPrompt], int]:
-        """Tell what a prompt's row takes beside its prefill when the full cache answers."""
-
-        def size(held: HeldPrompt) -> int:
-            new = len(held.prompt.tail) + stopping.most
-            return held.prefill.stack.position_bytes * new + self.hook.vocabulary * LOGIT_BYTES
-
-        return size
-
-    def _draft_bytes(self, grid: Grid) -> Callable[[HeldPrompt], int]:
-        """Tell what a prompt's draft logits take, in bytes."""
-
-        def size(held: HeldPrompt) -> int:
-            tokens = len(grid.baseline.answers[held.index].tokens)
-            return tokens * self.hook.vocabulary * LOGIT_BYTES
-
-        return size
-
     def _cells(
         self, part: Sequence[HeldPrompt], cells: Sequence[Cell], grid: Grid, stopping: Stopping
     ) -> None:
@@ -184,7 +186,7 @@ class Engine:
             answers = [grid.baseline.answers[one.index].tokens for one in some]
             drafts.extend(read_in_full(self.hook, some, answers))
 
-        for some in chunks(part, _one_layer_bytes, self.room):
+        for some in chunks(part, one_layer_bytes, self.room):
             halving(some, read)
         grid.disagreements += sum(draft.choices != draft.tokens for draft in drafts)
         own = OwnPrefills(self.hook)
@@ -194,9 +196,9 @@ class Engine:
             for request in self._select(held, draft, cells, grid, own)
         )
         waiting: list[VerifiedRow] = []
-        for batch in chunks(requests, _reading_bytes, self.room):
+        for batch in chunks(requests, reading_bytes, self.room):
             waiting += self._verify(batch, grid, stopping)
-            if self._writing_bytes(waiting, stopping) > self.room:
+            if writing_bytes(waiting, stopping) > self.room:
                 self._write(waiting, grid, stopping)
                 waiting = []
         self._write(waiting, grid, stopping)
@@ -300,34 +302,23 @@ class Engine:
         request = row.request
         record(grid.cells[request.index], request.held, request.kept, answer, row.stored)
 
-    def _writing_bytes(self, rows: Sequence[VerifiedRow], stopping: Stopping) -> int:
-        """Bytes that rows take when they write on; those of one prompt may share its prefill."""
-        requests = [row.request for row in rows]
-        _, alone = worth_sharing(requests)
-        new = stopping.most + max((len(r.held.prompt.tail) for r in requests), default=0)
-        total = sum(kept_bytes(requests[index]) for index in alone)
-        return total + sum(new * r.kept.prefill.stack.position_bytes for r in requests)
+
+@dataclass
+class _Looks:
+    """When the answers of the full cache are looked at."""
+
+    look: Look
+    wait: int  # answers until the next look
+
+    def go_on(self, more: int, answers: Mapping[int, Answer]) -> bool:
+        """Count ``more`` answers, look if it is time, and return whether to go on."""
+        self.wait -= more
+        if self.wait <= 0:
+            self.wait = self.look(answers)
+        return self.wait > 0
 
 
 def _question(prompt: Prompt, stopping: Stopping) -> object:
     """Return all that the full cache's answer depends on, but for the model."""
-    return prompt.ids, prompt.fed, stopping.most, stopping.eos, stopping.strings
-
-
-def _one_layer_bytes(held: HeldPrompt) -> int:
-    """Bytes of a prompt's keys and values in one layer, and of what it is fed in all."""
-    stack = held.prefill.stack
-    return stack.position_bytes * (held.prompt.fed // len(stack.layers) + len(held.prompt.tail))
-
-
-def _reading_bytes(request: Request) -> int:
-    """Bytes a row takes at the most while it reads its draft: its cache, and the logits.
-
-    What lies in the stack is gathered for no more than one layer at a time.
-    """
-    stack, prompt = request.kept.prefill.stack, request.held.prompt
-    copied = kept_bytes(request)
-    if request.cell.append_only:
-        copied //= len(stack.layers)
-    fed = len(prompt.tail) + len(request.draft.tokens)
-    return copied + stack.position_bytes * fed + request.draft.logits.numel() * LOGIT_BYTES
+    rules = (getattr(stopping, one.name) for one in fields(stopping) if one.name != "decode")
+    return prompt.ids, prompt.fed, type(stopping), *rules

@@ -69,9 +69,10 @@ class Bench:
         # The fewer the better: then there is no chance level to stay clear of, only zero.
         chance = task.chance if task.higher_is_better else 0.0
 
-        def go_on(answers: Mapping[int, Written]) -> bool:
+        def look(answers: Mapping[int, Written]) -> int:
             marks, failure = mark(answers)
-            return failure is not None or hopeless(list(marks.values()), chance) is None
+            on = failure is not None or hopeless(list(marks.values()), chance) is None
+            return len(samples) if on else 0
 
         blank = Run(
             task=name or task.name,
@@ -87,7 +88,7 @@ class Bench:
         if reason := unreadable([prompt.ids for prompt in prompts], self.loaded.tokenizer):
             return Measured(blank, (), reason)
         grid = self.engine.run(
-            prompts, cells, stopping, first=TRIAL, go_on=go_on, progress=progress
+            prompts, cells, stopping, first=TRIAL, look=look, progress=progress
         )
         blank = replace(blank, disagreements=grid.disagreements)
         record = _Recorder(samples, stopping, mark, grid, blank, units)

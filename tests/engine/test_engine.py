@@ -206,23 +206,35 @@ def test_padding_is_counted_apart_from_what_is_held():
 
 def test_a_run_can_be_given_up_after_its_first_answers():
     grid = Engine(AttentionHook(family("llama"))).run(
-        prompts(), cells("knorm"), STOPPING, first=2, go_on=lambda found: False
+        prompts(), cells("knorm"), STOPPING, first=2, look=lambda found: 0
     )
     assert grid.abandoned
     assert sorted(grid.baseline.answers) == [0, 1]
     assert grid.cells[0].answers == {}
 
 
-def test_a_trial_goes_on_until_it_has_enough_answers_however_small_the_waves():
+@pytest.mark.parametrize("memory", [1, 2**30])
+def test_answers_are_looked_at_when_asked_for_however_small_the_waves(memory):
     heard = []
 
-    def go_on(found):
-        heard.append(len(found))
-        return True
+    def look(found):
+        heard.append(sorted(found))
+        return 1 if len(heard) == 1 else 2
 
-    engine = Engine(AttentionHook(family("llama")), memory=1)
-    engine.run(prompts(), [], STOPPING, first=3, go_on=go_on)
-    assert heard == [1, 2, 3]
+    engine = Engine(AttentionHook(family("llama")), memory=memory)
+    grid = engine.run(prompts(), [], STOPPING, first=1, look=look)
+    assert len(grid.baseline.answers) == len(prompts())
+    assert heard == [[0], [0, 1], [0, 1, 2, 3]]
+    assert not grid.abandoned
+
+
+def test_a_later_look_can_end_a_run_too():
+    look = iter([1, 0]).__next__
+    engine = Engine(AttentionHook(family("llama")))
+    grid = engine.run(prompts(), cells("knorm"), STOPPING, first=2, look=lambda found: look())
+    assert grid.abandoned
+    assert len(grid.baseline.answers) == 3
+    assert grid.cells[0].answers == {}
 
 
 def test_fidelity_is_perfect_without_eviction_and_not_with_it():
