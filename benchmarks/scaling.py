@@ -73,10 +73,9 @@ def measure(point: Point, model: str, threads: int) -> dict[str, float]:
 
     import torch
 
-    from pytest_kvguard.kv.decode import Stopping
-    from pytest_kvguard.kv.engine import Engine
-    from pytest_kvguard.kv.grid import Cell, Prompt
-    from pytest_kvguard.kv.seam import Seam
+    from pytest_kvguard.engine.engine import Engine
+    from pytest_kvguard.engine.grid import Cell, Prompt, Stopping
+    from pytest_kvguard.engine.model import AttentionHook
     from pytest_kvguard.models import load
     from pytest_kvguard.policies import get_policy
 
@@ -94,7 +93,7 @@ def measure(point: Point, model: str, threads: int) -> dict[str, float]:
     ratios = [0.1 + 0.8 * i / count for i in range(count)]
     pairs = [(policy, ratio) for ratio in ratios for policy in policies]
     cells = [Cell(*pair) for pair in islice(cycle(pairs), point.cells)]
-    engine = Engine(Seam(loaded.model), memory=point.memory)
+    engine = Engine(AttentionHook(loaded.model), memory=point.memory)
     engine.run([Prompt(prompts[0].ids[:40], context=0)], cells[:1], stopping(loaded, 2, Stopping))
     before, began = peak(), time.perf_counter()
     grid = engine.run(prompts, cells, stopping(loaded, point.new, Stopping))
@@ -107,8 +106,8 @@ def measure(point: Point, model: str, threads: int) -> dict[str, float]:
         "seconds": seconds,
         "MiB": peak() - before,
         "full caches": held,
-        "tokens": engine.seam.tokens,
-        "forwards": engine.seam.forwards,
+        "tokens": engine.hook.tokens,
+        "forwards": engine.hook.forwards,
         "prefills": grid.prefills,
     }
 

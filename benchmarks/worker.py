@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from pairs import NAMES, RATIOS, Pair, pairs
 
+from pytest_kvguard.engine.engine import Engine
+from pytest_kvguard.engine.grid import Cell, Prompt, Stopping
+from pytest_kvguard.engine.model import AttentionHook
 from pytest_kvguard.harness.encode import encode
-from pytest_kvguard.kv.decode import Stopping
-from pytest_kvguard.kv.engine import Engine
-from pytest_kvguard.kv.grid import Cell, Prompt
-from pytest_kvguard.kv.seam import Seam
 from pytest_kvguard.models import Loaded, load
 from pytest_kvguard.policies.budgets import share
 from pytest_kvguard.tasks import get_task
@@ -89,8 +88,8 @@ Cells = Sequence[tuple[str, float]]
 def ours(loaded: Loaded, prompts: Sequence[Prompt], cells: Cells, new: int) -> dict[str, Any]:
     """Run the whole grid, the baseline included, as pytest-kvguard does."""
     made = pairs()
-    seam = Seam(loaded.model)
-    engine = Engine(seam)
+    hook = AttentionHook(loaded.model)
+    engine = Engine(hook)
     stopping = Stopping(new, loaded.eos, (), loaded.decode)
     grid_cells = [Cell(made[name].ours, ratio) for name, ratio in cells]
     began = time.perf_counter()
@@ -104,8 +103,8 @@ def ours(loaded: Loaded, prompts: Sequence[Prompt], cells: Cells, new: int) -> d
         raise RuntimeError(f"cells that could not be run: {problems}")
     return {
         "seconds": seconds,
-        "forwards": seam.forwards,
-        "tokens": seam.tokens,
+        "forwards": hook.forwards,
+        "tokens": hook.tokens,
         "prefills": grid.prefills,
         "answers": {
             name: [outcome.answers[i].tokens for i in range(len(prompts))]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pytest_kvguard.kv.compress import importances, keep_masks
-from pytest_kvguard.kv.prefill import About, Observe, prefill
-from pytest_kvguard.kv.rope import find_rotation
-from pytest_kvguard.kv.seam import Seam, cache_argument
+from pytest_kvguard.engine.grid import UNKNOWN
+from pytest_kvguard.engine.model import AttentionHook, cache_argument
+from pytest_kvguard.engine.prefill import Observe, Wanted, prefill
+from pytest_kvguard.engine.select import importances, keep_masks
 from pytest_kvguard.models import load
 from pytest_kvguard.policies import get_policy
 from pytest_kvguard.policies.base import LayerState, Policy
@@ -148,13 +148,13 @@ def only_ties_differ(own: Tensor, other: Tensor, rating: Tensor) -> bool:
 def states_of(
     policy: Policy, model: PreTrainedModel, protected: tuple[int, ...] = ()
 ) -> tuple[LayerState, ...]:
-    seam = Seam(model)
-    with seam.open():
-        held = prefill(seam, PROMPT.tolist(), Observe(policy.window, policy.needs_sums))
-        turn = find_rotation(seam).turn if policy.needs_turn else None
+    hook, wanted = AttentionHook(model), Wanted(tuple(PROMPT.tolist()))
+    with hook.open():
+        [held] = prefill(hook, [wanted], Observe(policy.window, policy.needs_sums))
+        turn = hook.rotation().turn if policy.needs_turn else None
     mask = torch.zeros(len(PROMPT), dtype=torch.bool)
     mask[list(protected)] = True
-    return held.states(About(), mask, turn)
+    return held.states(UNKNOWN, mask, turn)
 
 
 def kept_by_press(press, model: PreTrainedModel) -> list[Tensor]:

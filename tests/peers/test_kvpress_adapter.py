@@ -4,13 +4,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from pytest_kvguard.engine.engine import Engine
+from pytest_kvguard.engine.grid import Cell, Prompt, Stopping
+from pytest_kvguard.engine.model import AttentionHook, cache_argument
+from pytest_kvguard.engine.own_prefill.third_party import keep_third_party
+from pytest_kvguard.engine.prefill import Observe, Wanted, prefill
 from pytest_kvguard.errors import InvalidArgument, Refused, Unavailable, Unsupported
-from pytest_kvguard.kv.decode import Stopping
-from pytest_kvguard.kv.engine import Engine
-from pytest_kvguard.kv.foreign import keep_foreign
-from pytest_kvguard.kv.grid import Cell, Prompt
-from pytest_kvguard.kv.prefill import Observe, prefill
-from pytest_kvguard.kv.seam import Seam, cache_argument
 from pytest_kvguard.policies import get_policy
 from pytest_kvguard.policies.kvpress import kvpress_policy
 from tests.tiny import GROUPED, family, llama, tokens
@@ -66,10 +65,12 @@ def theirs(model, make, ratio, ids, fed):
 
 
 def ours(model, spec, ratio, prompt):
-    seam = Seam(model)
-    with seam.open():
-        full = prefill(seam, prompt.ids[: prompt.compressed], Observe())
-        return keep_foreign(seam, prompt, Cell(get_policy(spec), ratio), full)
+    """What is kept, and how many prefills that took beside the one that others share."""
+    hook = AttentionHook(model)
+    with hook.open():
+        [full] = prefill(hook, [Wanted(prompt.ids[: prompt.compressed])], Observe())
+        kept = keep_third_party(hook, prompt, Cell(get_policy(spec), ratio), full)
+    return kept, hook.prefills - 1
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["prompt", "context"])
@@ -77,18 +78,20 @@ def ours(model, spec, ratio, prompt):
 def test_what_is_held_is_what_kvpress_holds_and_so_is_the_answer(model, spec, ahead):
     prompt = Prompt((*PROMPT, *tokens(3, 5)), len(PROMPT), ahead)
     kept, prefills = ours(model, f"kvpress:{spec}", 0.5, prompt)
-    n = kept.layers[0].budget - (prompt.compressed - prompt.fed) - (prefills - 1)
+    n = kept.budgets[0] - (prompt.compressed - prompt.fed) - (prefills - 1)
     ids = prompt.ids[: prompt.fed]
     cache, said = theirs(model, PRESSES[spec], (n + 0.5) / len(ids), ids, prompt.tail)
-    for layer, held in zip(kept.layers, cache.layers, strict=True):
-        count = layer.keys.shape[1]
+    for (keys, _), positions, held in zip(kept.own, kept.positions, cache.layers, strict=True):
+        count = keys.shape[1]
         for head in range(2):
             expected = {bytes(key.numpy().tobytes()) for key in held.keys[0, head, :]}
-            found = {bytes(key.numpy().tobytes()) for key in layer.keys[head]}
+            found = {bytes(key.numpy().tobytes()) for key in keys[head]}
             assert found <= expected  # theirs has gone on to hold the answer
             assert len(found) == count
-        assert layer.positions.diff().min() > 0
-    grid = Engine(Seam(model)).run([prompt], [Cell(get_policy(f"kvpress:{spec}"), 0.5)], STOPPING)
+        assert positions[:, :count].diff().min() > 0
+    grid = Engine(AttentionHook(model)).run(
+        [prompt], [Cell(get_policy(f"kvpress:{spec}"), 0.5)], STOPPING
+    )
     assert grid.cells[0].problem is None
     assert grid.cells[0].held[0].mean() <= 0.5
     if said is not None:
@@ -123,8 +126,8 @@ def test_what_exceeds_the_ratio_whatever_it_is_asked_is_refused(model):
 
 def test_positions_are_where_the_keys_were(model):
     kept, _ = ours(model, "kvpress:StreamingLLMPress(n_sink=2)", 0.25, Prompt(tuple(PROMPT), 0))
-    for layer in kept.layers:
-        assert layer.positions.tolist() == [[0, 1, *range(47, 59)]] * 2
+    for positions in kept.positions:
+        assert positions.tolist() == [[0, 1, *range(47, 59)]] * 2
 
 
 def contents(model):
@@ -141,7 +144,7 @@ def test_the_model_is_as_it_was(model):
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     attention = model.config._attn_implementation
     state = torch.get_rng_state()
-    Engine(Seam(model)).run(
+    Engine(AttentionHook(model)).run(
         [Prompt(tuple(PROMPT), 0)],
         [Cell(get_policy(f"kvpress:{spec}"), 0.5) for spec in ("RandomPress", "SnapKVPress")],
         STOPPING,
@@ -156,8 +159,7 @@ def test_random_selections_are_the_same_every_time(model):
     first, again = (
         ours(model, "kvpress:RandomPress", 0.5, Prompt(tuple(PROMPT), 0))[0] for _ in range(2)
     )
-    for one, other in zip(first.layers, again.layers, strict=True):
-        assert torch.equal(one.positions, other.positions)
+    assert torch.equal(first.positions, again.positions)
 
 
 def test_attention_that_was_wrapped_on_import_is_ours_again(model):
@@ -166,11 +168,11 @@ def test_attention_that_was_wrapped_on_import_is_ours_again(model):
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     cells = [Cell(get_policy("snapkv(window=4)"), 0.5)]
-    before = Engine(Seam(model)).run([Prompt(tuple(PROMPT), 0)], cells, STOPPING)
+    before = Engine(AttentionHook(model)).run([Prompt(tuple(PROMPT), 0)], cells, STOPPING)
     saved = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
     try:
         patch_attention_functions()
-        after = Engine(Seam(model)).run([Prompt(tuple(PROMPT), 0)], cells, STOPPING)
+        after = Engine(AttentionHook(model)).run([Prompt(tuple(PROMPT), 0)], cells, STOPPING)
     finally:
         ALL_ATTENTION_FUNCTIONS._local_mapping = saved
     assert after.cells[0].answers[0].tokens == before.cells[0].answers[0].tokens
@@ -179,7 +181,7 @@ def test_attention_that_was_wrapped_on_import_is_ours_again(model):
 def test_keys_move_to_cache_positions_by_our_modifier(model):
     cells = [Cell(get_policy(f"kvpress:KnormPress{end}"), 0.4) for end in ("", "|rerotated")]
     cells += [Cell(get_policy(f"knorm{end}"), 0.4) for end in ("", "|rerotated")]
-    grid = Engine(Seam(model)).run([Prompt(tuple(PROMPT), 0)], cells, STOPPING)
+    grid = Engine(AttentionHook(model)).run([Prompt(tuple(PROMPT), 0)], cells, STOPPING)
     assert [outcome.problem for outcome in grid.cells.values()] == [None] * 4
     plain, moved = (grid.cells[i].answers[0].kl for i in (0, 1))
     assert plain != moved
@@ -229,17 +231,13 @@ def test_protected_parts_are_refused(model):
 
 
 def test_sliding_layers_are_refused():
-    seam = Seam(family("gemma3"))
-    cell = Cell(get_policy("kvpress:KnormPress"), 0.5)
-    with seam.open():
-        full = prefill(seam, PROMPT, Observe())
-        with pytest.raises(Unsupported, match="sliding layers"):
-            keep_foreign(seam, Prompt(tuple(PROMPT), 0), cell, full)
+    with pytest.raises(Unsupported, match="sliding layers"):
+        ours(family("gemma3"), "kvpress:KnormPress", 0.5, Prompt(tuple(PROMPT), 0))
 
 
 def test_an_object_of_kvpress_makes_a_policy_and_is_not_changed(model):
     press = kvpress.KnormPress(compression_ratio=0.9)
-    grid = Engine(Seam(model)).run(
+    grid = Engine(AttentionHook(model)).run(
         [Prompt((*PROMPT, i), len(PROMPT), ahead=True) for i in (5, 6)],
         [Cell(kvpress_policy(press), ratio) for ratio in (0.5, 0.3)],
         STOPPING,
