@@ -22,8 +22,9 @@ _ALONE = re.compile(
 
 _NEXT = r"[ \t]*[($€£¥]*[ \t]*(?=[.0-9])"
 _UNIT = r"[ \t]*(?:[^\W\d]+[ \t]*)?"
+_SIGN = r"[+*/\u00d7\u00f7\u00b7\u2212\u2013-]"  # also a multiplication sign, a division sign
 _OPERATOR = re.compile(
-    rf"(?:{_UNIT}(?:[+*/\u00d7\u00f7\u00b7\u2212\u2013-]|\bx\b|:(?=[0-9]))\*?|[ \t]*\^)[-\u2212]?{_NEXT}",
+    rf"(?:{_UNIT}(?:{_SIGN}|\bx\b|:(?=[0-9]))\*?|[ \t]*\^)[-\u2212]?{_NEXT}",
     re.IGNORECASE,
 )
 _ALTERNATIVE = re.compile(rf"{_UNIT}(?:,[ \t]*)?\b(?:or|and|to)\b[ \t]*[-\u2212]?{_NEXT}")
