@@ -86,9 +86,9 @@ class Futility:
         above = f"{self.chance:.0%} by guessing" if self.chance else "nothing"
         return (
             f"the model is too weak for this task: with its full cache it gets "
-            f"{math.fsum(marks):.3g} of {len(marks)} answers right, at most {_most(marks):.0%} in "
+            f"{math.fsum(marks):.3g} of {len(marks)} answers right, at most {_most(marks):.1%} in "
             f"the long run (95 %), against {above}; {self.samples} samples show a loss only from "
-            f"{self.floor:.0%} up; compression has nothing to break, use a stronger model or an "
+            f"{self.floor:.1%} up; compression has nothing to break, use a stronger model or an "
             f"easier task"
         )
 

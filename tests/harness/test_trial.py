@@ -90,8 +90,8 @@ def test_long_runs_neither_overflow_nor_forget():
 
 def test_the_reason_tells_what_was_seen_and_what_is_asked():
     reason = Futility(25).reason([0.5] + [0.0] * 24)
-    assert "gets 0.5 of 25 answers right, at most 15% in the long run (95 %)" in reason
-    assert "25 samples show a loss only from 20% up" in reason
+    assert "gets 0.5 of 25 answers right, at most 15.2% in the long run (95 %)" in reason
+    assert "25 samples show a loss only from 20.0% up" in reason
     assert "against 25% by guessing" in Futility(100, 0.25).reason([0.0] * 20)
 
 
