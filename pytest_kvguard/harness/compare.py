@@ -181,8 +181,10 @@ class Comparison:
                 f"better than the full cache, {self._flips} (p = {p:.2g}): "
                 f"look at the answers, compression seldom helps but a scorer may err"
             )
-        if self.kept.truncated > self.base.truncated:
-            yield f"{self.kept.truncated} answers truncated, {self.base.truncated} at baseline"
+        for ending in ("truncated", "looped"):
+            before, after = self.base.endings[ending], self.kept.endings[ending]
+            if after > before:
+                yield f"{after} answers {ending}, {before} at baseline"
         if self.base.disagreements:
             yield f"{self.base.disagreements} baseline answers hang on rounding"
 

@@ -6,18 +6,20 @@ from statistics import fmean
 
 from pytest_kvguard.engine.engine import Engine
 from pytest_kvguard.engine.grid import Answer as Written
-from pytest_kvguard.engine.grid import Cell, Grid, Outcome, Stopping
+from pytest_kvguard.engine.grid import Cell, Grid, Outcome
 from pytest_kvguard.engine.model import AttentionHook
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.harness.encode import encode
 from pytest_kvguard.harness.records import FULL, Answer, Counts, Fidelity, Held, Run
-from pytest_kvguard.harness.trial import hopeless, unreadable
+from pytest_kvguard.harness.replies import Stopping, stopping
+from pytest_kvguard.harness.trial import Futility, unreadable
 from pytest_kvguard.models import Loaded
 from pytest_kvguard.progress import ProgressCallback, no_progress
 from pytest_kvguard.tasks.base import Protocol, Sample, Task
 from pytest_kvguard.tasks.units import MARKED
 
-TRIAL = 20  # baseline answers after which a task far beyond the model is given up
+CUT = (("truncated", "truncated"), ("looped", "cut off in a loop"))
+"""Endings that are no end, in words."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Bench:
 
         name: what reports call the task, such as ``word_problems(steps=2)``; its own name if None;
         protocol: when to compress, if not as the task says; protect: kinds of parts that every
-        policy must keep; units: what a policy that keeps units keeps whole. Gives up after the
-        first answers of a baseline that is hopeless.
+        policy must keep; units: what a policy that keeps units keeps whole. Gives up as soon as
+        the answers of the full cache prove that the task is beyond the model.
         """
         samples = task.samples[:limit]
         if not samples:
@@ -63,16 +65,23 @@ class Bench:
         prompts = encode(
             task, samples, self.loaded.tokenizer, ahead=ahead, protect=protect, units=units
         )
-        stopping = Stopping(task.max_new_tokens, self.loaded.eos, task.stop, self.loaded.decode)
-
-        mark = _Marking(task, samples, stopping)
+        until = stopping(
+            task,
+            [prompt.ids for prompt in prompts],
+            self.loaded.tokenizer,
+            self.loaded.eos,
+            self.loaded.decode,
+        )
+        mark = _Marking(task, samples, until)
         # The fewer the better: then there is no chance level to stay clear of, only zero.
-        chance = task.chance if task.higher_is_better else 0.0
+        futility = Futility(len(samples), task.chance if task.higher_is_better else 0.0)
 
         def look(answers: Mapping[int, Written]) -> int:
             marks, failure = mark(answers)
-            on = failure is not None or hopeless(list(marks.values()), chance) is None
-            return len(samples) if on else 0
+            found = list(marks.values())
+            if failure is not None or fmean(found) >= futility.floor:
+                return len(samples)  # to look again would change nothing
+            return 0 if futility.reason(found) else len(found)
 
         blank = Run(
             task=name or task.name,
@@ -88,13 +97,13 @@ class Bench:
         if reason := unreadable([prompt.ids for prompt in prompts], self.loaded.tokenizer):
             return Measured(blank, (), reason)
         grid = self.engine.run(
-            prompts, cells, stopping, first=TRIAL, look=look, progress=progress
+            prompts, cells, until, first=futility.first_look, look=look, progress=progress
         )
         blank = replace(blank, disagreements=grid.disagreements)
-        record = _Recorder(samples, stopping, mark, grid, blank, units)
+        record = _Recorder(samples, until, mark, grid, blank, units)
         baseline = record.run(grid.baseline)
-        if baseline.error is None and (reason := hopeless(list(baseline.scores.values()), chance)):
-            return Measured(baseline, (), reason)
+        if baseline.error is None and (reason := futility.reason(list(baseline.scores.values()))):
+            return Measured(baseline, (), reason + _cut_off(baseline))
         runs = tuple(record.cell(cell, grid.cells[i]) for i, cell in enumerate(cells))
         return Measured(baseline, runs)
 
@@ -138,11 +147,7 @@ class _Recorder:
             scores=scores,
             error=failure,
             answers={
-                self.samples[i].id: Answer(
-                    text=self.stopping.text(answer.tokens),
-                    tokens=len(answer.tokens),
-                    stopped=self.stopping.ended(answer.tokens),
-                )
+                self.samples[i].id: self._answer(answer.tokens)
                 for i, answer in sorted(outcome.answers.items())
             },
             held=_held(outcome),
@@ -152,6 +157,16 @@ class _Recorder:
             counts=Counts(self.grid.prefills, outcome.forwards, outcome.tokens, outcome.prefills),
             fidelity=_fidelity(outcome),
             seconds=outcome.seconds,
+        )
+
+    def _answer(self, tokens: Sequence[int]) -> Answer:
+        reply = self.stopping.read(tokens)
+        return Answer(
+            text=reply.answer,
+            tokens=len(tokens),
+            stopped=reply.ending == "ended",
+            looped=reply.ending == "looped",
+            trace=reply.trace,
         )
 
     def cell(self, cell: Cell, outcome: Outcome) -> Run:
@@ -170,6 +185,14 @@ class _Recorder:
             evicted=outcome.evicted > 0,
             error=error,
         )
+
+
+def _cut_off(baseline: Run) -> str:
+    """Tell how many answers had no chance to come to their end; nothing if all had."""
+    cut = [f"{baseline.endings[how]} were {text}" for how, text in CUT if baseline.endings[how]]
+    in_trace = sum(bool(a.trace) and not a.text for a in baseline.answers.values())
+    cut += [f"{in_trace} never got beyond their reasoning"] if in_trace else []
+    return f" (of its {len(baseline.answers)} answers, {', '.join(cut)})" if cut else ""
 
 
 def _held(outcome: Outcome) -> Held | None:

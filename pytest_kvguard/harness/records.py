@@ -19,7 +19,9 @@ class Answer:
 
     text: str
     tokens: int  # generated, a stop token included
-    stopped: bool  # by itself; False: truncated at the most new tokens the task allows
+    stopped: bool  # by itself; False: cut off at the most new tokens, in a trace or in a loop
+    looped: bool = False  # cut off because it went round in a loop
+    trace: str = ""  # what a reasoning model wrote before it answered
 
 
 @dataclass(frozen=True)
@@ -119,5 +121,16 @@ class Run:
 
     @property
     def truncated(self) -> int:
-        """How many answers were cut off before the model ended them."""
-        return sum(not answer.stopped for answer in self.answers.values())
+        """How many answers were cut off before the model ended them, loops not among them."""
+        return sum(not (answer.stopped or answer.looped) for answer in self.answers.values())
+
+    @property
+    def looped(self) -> int:
+        """How many answers were cut off because they went round in a loop."""
+        return sum(answer.looped for answer in self.answers.values())
+
+    @property
+    def endings(self) -> dict[str, int]:
+        """How many answers the model ended, and how many were truncated or looped."""
+        ended = len(self.answers) - self.truncated - self.looped
+        return {"ended": ended, "truncated": self.truncated, "looped": self.looped}

@@ -50,6 +50,7 @@ class Cell(TypedDict):
     max_drop: float
     samples_needed: int | None
     fidelity: dict[str, float | None] | None
+    endings: dict[str, int] | None
     counts: dict[str, int]
     seconds: float
 
@@ -90,6 +91,7 @@ def to_cell(comparison: "Comparison", *, model: str = "", spec: str | None = Non
         max_drop=c.max_drop,
         samples_needed=c.samples_needed,
         fidelity=dataclasses.asdict(kept.fidelity) if kept.fidelity else None,
+        endings=kept.endings if kept.answers else None,
         counts=dataclasses.asdict(kept.counts),
         seconds=kept.seconds,
     )
@@ -130,6 +132,7 @@ def not_run(
         max_drop=max_drop,
         samples_needed=None,
         fidelity=None,
+        endings=base.endings if base.answers else None,
         counts=dataclasses.asdict(base.counts),
         seconds=0.0,
     )

@@ -12,7 +12,7 @@ def arithmetic(*, shots: int = gsm8k.SHOTS, data: str | None = None) -> Task:
     data: a file of JSON lines with ``question`` and ``answer``, or a hub data set such as
         ``openai/gsm8k``, whose test split is read; by default 100 of its problems
 
-    The mark is whether the last number of the completion is the answer.
+    The mark is whether the number the completion answers with is right, as `last_number` reads it.
     """
     check_count("shots", shots, 0, gsm8k.SHOTS)
     examples = tuple(

@@ -7,7 +7,7 @@ Wei et al., 2022, https://arxiv.org/abs/2201.11903 (examples)
 from dataclasses import dataclass
 
 from pytest_kvguard.tasks.load import HubSet, Row, load, load_vendored, unique_ids
-from pytest_kvguard.tasks.scorers import numbers
+from pytest_kvguard.tasks.numerals import numbers
 
 SHOTS = 8
 """How many worked examples there are."""

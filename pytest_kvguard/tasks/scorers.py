@@ -1,81 +1,56 @@
 """How completions are marked: pure functions of a completion and its sample.
 
 Numbers are compared exactly, never as floats: ``18.00`` is 18, and 0.3 is not 0.1 + 0.2 rounded.
-What is missing, cut off, given twice or cannot be read scores 0.
+What is missing, cut off, given twice or cannot be read scores 0, and so does what is only in a
+reasoning trace.
 """
 
 import re
-from decimal import Decimal
 from fractions import Fraction
 
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.tasks.base import Sample
+from pytest_kvguard.tasks.final_letter import final_letter
+from pytest_kvguard.tasks.final_number import final_number, stated_numbers
+from pytest_kvguard.tasks.numerals import numbers, the_number
+from pytest_kvguard.tasks.traces import split_traces
+from pytest_kvguard.tasks.turns import turns
 
-_NUMBER = re.compile(
-    r"""
-    (?P<minus> (?<! [\w.)\]}%] )  # after a value it subtracts
-        (?: [-\u2212][$€£¥]? | [$€£¥][-\u2212] ) )?
-    (?<! [\w] ) (?<! [0-9]\. )    # not inside H2O, 123 or 1.2.3
-    (?P<digits>
-        [0-9]{1,3} (?: ,[0-9]{3} )+ (?![0-9]) (?: \.[0-9]+ )?  # 1,450.50
-        | [0-9]+ (?: \.[0-9]+ )?                               # 1450.50
-        | (?<! \. ) \.[0-9]+                                   # .50, but 18 in ...18
-    )
-    (?: / (?P<denominator> 0*[1-9][0-9]* ) (?! [0-9/] ) )?     # 3/4
-    """,
-    re.VERBOSE | re.ASCII,
-)
-
-_LETTER_FIRST = re.compile(r"[\s*_(\[]*([A-J])(?:[.):,*_\]]|\s*$|\s*\n)")
-_LETTER_SAID = re.compile(r"(?i:(?:answer|option|choice)(?:\s+is)?\s*:?)[\s*_(\[]*([A-J])(?![\w'])")
 _ANSWER_HEAD = re.compile(r"Answer[_ ]([0-9]{1,6})\**\s*:", re.IGNORECASE)
-_ANSWER_SAID = re.compile(r"answer is", re.IGNORECASE)
-
-
-def numbers(text: str) -> tuple[Fraction, ...]:
-    """Return the numbers in a text, in order.
-
-    Commas between groups of three digits, currency signs and percent signs are dropped. A minus is
-    a sign unless it follows a value. ``3/4`` is one number.
-
-    >>> [str(n) for n in numbers("She pays $1,450.00, then -3, which is 25% of 3/4.")]
-    ['1450', '-3', '25', '3/4']
-    >>> [str(n) for n in numbers("20-3 = 17, H2O")]
-    ['20', '3', '17']
-    """
-    return tuple(_value(match) for match in _NUMBER.finditer(text))
 
 
 def last_number(completion: str, sample: Sample) -> float:
-    """Return 1 if the last number in the completion equals the target.
+    r"""Return 1 if the number the completion answers with equals the target.
+
+    That is ``#### n``, ``\boxed{n}`` or "the answer is n", the last of its kind, in this order, or
+    else the last number; see `final_number`. What comes after a stated answer never counts.
 
     >>> sample = Sample("a", (), target=("18",))
     >>> last_number("9 * 2 = 18. So she makes $18.00.", sample)
+    1.0
+    >>> last_number("The answer is 18. Let me check: Step 3.", sample)
     1.0
     >>> last_number("The answer is 180.", sample)
     0.0
     """
     target = _number(_target(sample), sample)
-    found = numbers(completion)
-    return float(bool(found) and found[-1] == target)
+    return float(final_number(split_traces(completion).answer) == target)
 
 
 def multiple_choice(completion: str, sample: Sample) -> float:
-    """Return 1 if the letter chosen is the target; letters are A to J, in capitals.
+    r"""Return 1 if the letter chosen is the target; letters are A to J, in capitals.
 
-    The letter the completion begins with counts, or else the last one it says the answer is.
+    That is ``\boxed{B}``, the last letter the completion says the answer is, or else the letter it
+    begins with; see `final_letter`.
 
     >>> sample = Sample("a", (), target=("B",))
     >>> multiple_choice(" B. Paris", sample), multiple_choice("I think the answer is (B).", sample)
     (1.0, 1.0)
-    >>> multiple_choice("A good answer would be B", sample)
+    >>> multiple_choice("Because B is a letter", sample)
     0.0
     """
     target = _target(sample)
-    if match := _LETTER_FIRST.match(completion):
-        return float(match[1] == target)
-    said = _LETTER_SAID.findall(completion)
-    return float(bool(said) and said[-1] == target)
+    return float(final_letter(split_traces(completion).answer) == target)
 
 
 def contains_all(completion: str, sample: Sample) -> float:
@@ -88,7 +63,9 @@ def contains_all(completion: str, sample: Sample) -> float:
     0.0
     """
     _target(sample)
-    found = [_contains(completion, target) for target in sample.target]
+    answer = split_traces(completion).answer
+    given = numbers(answer)
+    found = [_contains(answer, given, target) for target in sample.target]
     return sum(found) / len(found)
 
 
@@ -101,14 +78,16 @@ def exact(completion: str, sample: Sample) -> float:
     0.0
     """
     _target(sample)
-    return float(completion.strip() in {target.strip() for target in sample.target})
+    answer = split_traces(completion).answer.strip()
+    return float(answer in {target.strip() for target in sample.target})
 
 
 def numbered_answers(completion: str, sample: Sample, *, first: int = 1) -> float:
     r"""Return the share of the questions answered rightly, matched by number.
 
     The targets are the answers to the questions ``first``, ``first + 1``, ... An answer is
-    ``Answer_<i>: ... The answer is n``; one that is missing, or given twice, is wrong.
+    ``Answer_<i>: ... The answer is n`` (or ``#### n``, or ``\boxed{n}``); one that is missing, or
+    given twice, is wrong.
 
     >>> sample = Sample("a", (), target=("18", "1,450"))
     >>> numbered_answers("Answer_2: 29 * 50. The answer is $1450.\nAnswer_1: No idea.", sample)
@@ -128,22 +107,14 @@ def answers_by_number(completion: str) -> dict[int, Fraction]:
     >>> answers_by_number("Answer_9: The answer is 5. Answer_10: The answer")
     {9: Fraction(5, 1)}
     """
-    _, *pieces = _ANSWER_HEAD.split(completion)
+    _, *pieces = _ANSWER_HEAD.split(split_traces(completion).answer)
     indices = [int(index) for index in pieces[::2]]
     answers = {}
     for index, text in zip(indices, pieces[1::2], strict=True):
-        said = _ANSWER_SAID.split(text)[1:]
-        found = numbers(said[-1]) if said else ()
-        if found and indices.count(index) == 1:
-            answers[index] = found[0]
+        stated = next(filter(None, map(stated_numbers, turns(text))), [None])[-1]
+        if stated is not None and indices.count(index) == 1:
+            answers[index] = stated
     return answers
-
-
-def _value(match: re.Match[str]) -> Fraction:
-    digits = match["digits"].replace(",", "")
-    # By way of Decimal: int() refuses the thousands of digits a model in a loop may write.
-    value = Fraction(Decimal(digits)) / Fraction(Decimal(match["denominator"] or 1))
-    return -value if match["minus"] else value
 
 
 def _number(target: str, sample: Sample) -> Fraction:
@@ -159,7 +130,7 @@ def _target(sample: Sample) -> str:
     return sample.target[0]
 
 
-def _contains(completion: str, target: str) -> bool:
-    if match := _NUMBER.fullmatch(target):
-        return _value(match) in numbers(completion)
-    return re.search(rf"(?<!\w){re.escape(target)}(?!\w)", completion, re.IGNORECASE) is not None
+def _contains(answer: str, given: tuple[Fraction, ...], target: str) -> bool:
+    if (value := the_number(target)) is not None:
+        return value in given
+    return re.search(rf"(?<!\w){re.escape(target)}(?!\w)", answer, re.IGNORECASE) is not None

@@ -240,6 +240,16 @@ def test_answers_truncated_more_often_than_at_baseline_are_reported():
     assert compare(before, kept(answers=before.answers)).reason == ""
 
 
+def test_answers_that_loop_more_often_than_at_baseline_are_reported():
+    loop, cut = Answer("a", 9, stopped=False, looped=True), Answer("b", 9, stopped=False)
+    before, after = (
+        base(answers={"s00": loop, "s01": cut}),
+        kept(answers={"s00": loop, "s01": loop}),
+    )
+    assert compare(before, after).reason == "2 answers looped, 1 at baseline"
+    assert before.endings == {"ended": 0, "truncated": 1, "looped": 1}
+
+
 class TestTheFewerTheBetter:
     """Leaks: 20 of 50 at baseline."""
 

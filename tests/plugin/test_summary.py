@@ -94,12 +94,15 @@ def test_a_model_too_weak_for_a_task_skips_it_and_is_listed_as_refused(suite):
     assert result.ret == 0
     result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines(
-        ["SKIPPED [[]1[]] *: the model is too weak for this task: * it gets 0 of 20 answers *"]
+        ["SKIPPED [[]1[]] *: the model is too weak for this task: * it gets 0 of 15 answers *"]
     )
     (cell,) = suite.report()["cells"]
     assert cell["verdict"] == "refused"
     assert "too weak for this task" in cell["reason"]
-    assert (cell["n"], cell["base"], cell["kept"]) == (20, 0.0, None)
+    assert "24 samples show a loss only from 20.8% up" in cell["reason"]
+    assert "of its 15 answers, 15 were truncated" in cell["reason"]
+    assert (cell["n"], cell["base"], cell["kept"]) == (15, 0.0, None)
+    assert cell["endings"] == {"ended": 0, "truncated": 15, "looped": 0}
 
 
 def test_a_few_right_answers_are_too_few_to_lose_any(suite):

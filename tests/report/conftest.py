@@ -29,6 +29,7 @@ CELL = {
     "max_drop": 0.1,
     "samples_needed": None,
     "fidelity": {"kl": 0.01, "agreement": 0.99},
+    "endings": {"ended": 48, "truncated": 2, "looped": 0},
     "counts": {"prefills": 50, "forwards": 90, "tokens": 9000},
     "seconds": 1.5,
 }

@@ -9,7 +9,7 @@ import pytest
 
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.harness.compare import Comparison
-from pytest_kvguard.harness.records import FULL, Counts, Fidelity, Held, Run
+from pytest_kvguard.harness.records import FULL, Answer, Counts, Fidelity, Held, Run
 from pytest_kvguard.report.record import Cell, to_cell, write_report
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "report.md"
@@ -57,6 +57,12 @@ def test_a_cell_says_what_the_comparison_says():
         bytes_full=800,
         bytes_held=200,
         fidelity=Fidelity(kl=0.5, agreement=0.75),
+        answers={
+            "s00": Answer("18", 2, stopped=True),
+            "s01": Answer("1", 9, stopped=False),
+            "s02": Answer("", 9, stopped=False, trace="2 * 9"),
+            "s03": Answer("1 1 1", 9, stopped=False, looped=True),
+        },
         counts=Counts(1, 2, 3),
         seconds=4.5,
     )
@@ -89,6 +95,7 @@ def test_a_cell_says_what_the_comparison_says():
         "max_drop": 0.1,
         "samples_needed": c.samples_needed,
         "fidelity": {"kl": 0.5, "agreement": 0.75},
+        "endings": {"ended": 1, "truncated": 2, "looped": 1},
         "counts": {"prefills": 1, "forwards": 2, "tokens": 3, "own_prefills": 0},
         "seconds": 4.5,
     }

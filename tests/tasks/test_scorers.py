@@ -2,14 +2,25 @@
 
 import doctest
 from fractions import Fraction
+from time import process_time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_kvguard.errors import InvalidArgument
-from pytest_kvguard.tasks import scorers
+from pytest_kvguard.tasks import (
+    final_letter,
+    final_number,
+    markup,
+    numerals,
+    scorers,
+    statements,
+    traces,
+    turns,
+)
 from pytest_kvguard.tasks.base import Sample
+from pytest_kvguard.tasks.numerals import numbers
 from pytest_kvguard.tasks.scorers import (
     answers_by_number,
     contains_all,
@@ -17,7 +28,6 @@ from pytest_kvguard.tasks.scorers import (
     last_number,
     multiple_choice,
     numbered_answers,
-    numbers,
 )
 
 EVERY = [contains_all, exact, last_number, multiple_choice, numbered_answers]
@@ -27,9 +37,15 @@ def wants(*target):
     return Sample("s", (), target=target)
 
 
-def test_the_examples_in_the_docstrings_are_true():
-    assert doctest.testmod(scorers) == (0, doctest.testmod(scorers).attempted)
-    assert doctest.testmod(scorers).attempted > 10
+@pytest.mark.parametrize(
+    "module",
+    [final_letter, final_number, markup, numerals, scorers, statements, traces, turns],
+    ids=lambda module: module.__name__.rpartition(".")[2],
+)
+def test_the_examples_in_the_docstrings_are_true(module):
+    found = doctest.testmod(module)
+    assert found.failed == 0
+    assert found.attempted > 0
 
 
 @pytest.mark.parametrize(
@@ -52,10 +68,18 @@ def test_the_examples_in_the_docstrings_are_true():
         ("H2O x2 5kg 3rd", ["5", "3"]),
         ("3/4 and 6/0", ["3/4", "6", "0"]),
         ("1.2.3", ["6/5"]),
+        ("1\u202f450 and 1\N{NO-BREAK SPACE}450.5, but 1 450", ["1450", "2901/2", "1", "450"]),
+        ("\N{EN DASH}7 and 3\N{EN DASH}7", ["-7", "3", "7"]),
+        ("2 1/2, 10 3/2, -1 1/2, 1.5 1/2", ["5/2", "10", "3/2", "-3/2", "3/2", "1/2"]),
+        (r"\$1{,}450 1\,450 1,\!450 25\%", ["1450", "1450", "1450", "25"]),
+        (r"\frac{3}{4} -\frac{1}{2} \dfrac34 2\frac{1}{2} \frac{x}{2}",
+         ["3/4", "-1/2", "3/4", "5/2", "2"]),
+        (r"\text{18 apples} \(19\) \[20\] $21$", ["18", "19", "20", "21"]),
+        ("2**3**2 and **4**", ["2", "3", "2", "4"]),
         ("none", []),
         ("", []),
     ],
-)
+)  # fmt: skip
 def test_numbers_are_read_as_people_write_them(text, found):
     assert [str(number) for number in numbers(text)] == found
 
@@ -79,9 +103,9 @@ def test_a_model_that_never_stops_writing_digits_is_wrong_and_no_error():
     assert answers_by_number(f"Answer_{endless}: The answer is 5.") == {}
 
 
-def test_the_last_number_counts_and_none_is_wrong():
-    assert last_number("9 eggs, no: 7. The answer is 18.", wants("18")) == 1
-    assert last_number("The answer is 18. Or 19.", wants("18")) == 0
+def test_the_last_number_counts_where_nothing_is_stated_and_none_is_wrong():
+    assert last_number("9 eggs, no: 7. So 18.", wants("18")) == 1
+    assert last_number("9 eggs, no: 7. So 18. Or 19.", wants("18")) == 0
     assert last_number("The answer is", wants("18")) == 0
     assert last_number("The answer is -18", wants("18")) == 0
 
@@ -162,6 +186,48 @@ def test_what_follows_the_answer_is_no_answer():
 def test_a_mention_of_an_answer_is_no_answer():
     text = "Answer_1: The answer is 5. Answer_2: Twice Answer_1 is 10. The answer is 10."
     assert answers_by_number(text) == {1: Fraction(5), 2: Fraction(10)}
+
+
+@pytest.mark.parametrize(
+    ("text", "given"),
+    [
+        ("Answer_1: 9 + 9 = 18\n#### 18\nAnswer_2: so \\boxed{20}.", {1: 18, 2: 20}),
+        ("**Answer 1:** The answer is **18** (9 a day).\nAnswer_2: 7", {1: 18}),
+        ("Answer_1: The answer is 18 or 19. Answer_2: The answer is 9 + 9 = 18.", {2: 18}),
+        ("Answer_1: The answer is 18.\n\nQuestion: More?\nThe answer is 7.", {1: 18}),
+        ("Answer_1:\nQuestion: how many?\nThe answer is 18.", {1: 18}),
+        ("<think>Answer_1: The answer is 7.</think>Answer_1: The answer is 18.", {1: 18}),
+        ("<think>Answer_1: The answer is 18.", {}),
+        ("Answer_1: The answer is not 18.", {}),
+        ("Answer_1: The answer is 18. Check: 5 + 4. Answer_2: 18", {1: 18}),
+    ],
+)  # fmt: skip
+def test_an_answer_counts_only_where_it_is_stated(text, given):
+    assert answers_by_number(text) == given
+
+
+@pytest.mark.parametrize("scorer", EVERY, ids=lambda scorer: scorer.__name__)
+def test_what_is_only_in_a_reasoning_trace_never_counts(scorer):
+    target = "B" if scorer is multiple_choice else "18"
+    right = "Answer_1: The answer is 18." if scorer is numbered_answers else target
+    assert scorer(right, wants(target)) == 1
+    assert scorer(f"<think>or 5, or C</think>\n\n{right}", wants(target)) == 1
+    for wrong in (
+        f"<think>{right}</think>", f"{right}</think> 5", f"<think>{right}",
+        f"<think>5</think><think>{right}</think>C",
+    ):  # fmt: skip
+        assert scorer(wrong, wants(target)) == 0, wrong
+
+
+@pytest.mark.parametrize("scorer", EVERY, ids=lambda scorer: scorer.__name__)
+@pytest.mark.parametrize(
+    "piece",
+    ["1", " ", "The answer is ", "\\boxed{", "####", "**", "A. ", "18 or ", "= 1 ", "<think>"],
+)
+def test_a_reply_that_goes_on_and_on_is_marked_in_no_time(scorer, piece):
+    began = process_time()
+    scorer(piece * 20_000, wants("18"))
+    assert process_time() - began < 5  # a pattern that backtracks takes hours
 
 
 def test_questions_may_be_numbered_from_any_number():

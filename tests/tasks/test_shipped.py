@@ -17,8 +17,8 @@ from pytest_kvguard.tasks.arithmetic import arithmetic
 from pytest_kvguard.tasks.base import Task
 from pytest_kvguard.tasks.gsm8k import worked_examples
 from pytest_kvguard.tasks.long_generation import long_generation
+from pytest_kvguard.tasks.numerals import numbers
 from pytest_kvguard.tasks.prompt import render
-from pytest_kvguard.tasks.scorers import numbers
 from pytest_kvguard.tasks.world_knowledge import world_knowledge
 
 ROOT = Path(__file__).parents[2]
