@@ -38,3 +38,32 @@ def test_every_way_of_decoding_is_timed(monkeypatch, capfd):
     first = {name: float(mib) for name, mib, _ in rows}
     assert all(first[name] <= 0.6 * first["full"] for name in ("h2o", "shotkv", "adakv", "kivi"))
     assert first["quest"] == first["full"]
+
+
+def test_the_benchmark_of_a_gpu_runs_on_a_cpu(monkeypatch, capfd, tmp_path):
+    sizes = ["--shape=tiny", "--device=cpu", "--dtype=float32", "--prompts=2", "--length=128"]
+    sizes += ["--new=3", "--rows=1,2", "--read=128", "--write=6", "--runs=1", "--minutes=5"]
+    policies = ["--policies=streaming_llm,snapkv", "--ratios=0.5", "--decode-policies=h2o,kivi"]
+    written = [f"--json={tmp_path / 'gpu.json'}", f"--markdown={tmp_path / 'gpu.md'}"]
+    run(monkeypatch, "gpu.py", *sizes, *policies, *written)
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    sides = {row["side"]: row for row in report["grid"]}
+    assert list(sides) == [
+        "baseline alone", "grid of 2 cells", "generate()", "generate() once per cell"
+    ]  # fmt: skip
+    assert sides["generate() once per cell"]["seconds"] == 2 * sides["generate()"]["seconds"]
+    assert sides["grid of 2 cells"]["tokens"] > sides["baseline alone"]["tokens"] >= 2 * (128 + 3)
+    decoded = {(row["policy"], row["rows"]): row for row in report["decode"]}
+    names = ["generate(), static cache", "full", "h2o", "kivi"]
+    assert list(decoded) == [*((n, r) for r in (1, 2) for n in names), ("the grid's cells", 4)]
+    assert all(row["ms_a_step"] > 0 and row["roofline_ms"] > 0 for row in decoded.values())
+    full, h2o = decoded["full", 1], decoded["h2o", 1]
+    token = 2 * 2 * 2 * 16 * 4  # layers, heads, key and value, channels, bytes
+    assert full["held_first_bytes"] == 127 * token  # the last token is fed again
+    assert full["held_last_bytes"] == (127 + 6) * token
+    assert h2o["held_first_bytes"] == 31 * token
+    assert h2o["held_last_bytes"] <= 32 * token
+    text = (tmp_path / "gpu.md").read_text()
+    assert all(f"| {name} | 2 | 128 |" in text for name in names)
+    assert "- energy: not measured" in text or "J a token" in text
+    assert capfd.readouterr().out.count("└") == 2  # two tables
