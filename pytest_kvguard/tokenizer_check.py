@@ -8,7 +8,8 @@ tolerated is what tokenizers do by design and a model is trained with:
   again when they decode; and before a special token, where a decoder that joins words puts it
 - white space that a special token takes with it (``lstrip``, ``rstrip``)
 - NFC, in which texts that are canonically equal are the same (Unicode Standard Annex 15)
-- unknown tokens: how many there may be is judged where a task is found unreadable
+- unknown tokens for what is not in the vocabulary: how many there may be is judged elsewhere,
+  where a task is found unreadable
 - ``clean_up_tokenization_spaces``, which is left out: it changes what is shown, not what is read
 """
 
@@ -77,13 +78,13 @@ def check_prompt(
         start, end = offsets[at]
         content = special[ids[at]]
         if ids[at] == unknown:
-            continue
-        if text[start:end].strip() != content.strip():
+            _check_unknown(tokenizer, text, start, end, name)
+        elif text[start:end].strip() != content.strip():
             raise Refused(
                 f"{name}: the tokenizer makes {text[start:end]!r} the special token {content!r}, "
                 f"in {_around(text, start)!r}; {REMEDY}"
             )
-        if not template[at]:
+        elif not template[at]:
             raise Refused(
                 f"{name}: the text holds the special token {content!r}, in "
                 f"{_around(text, start)!r}; take it out of the task's text"
@@ -95,6 +96,18 @@ def check_prompt(
         wanted, found = _plain(stretch, inner), _plain(came, inner)
         if wanted != found:
             raise Refused(f"{name}: {_difference(wanted, found)}; {REMEDY}")
+
+
+def _check_unknown(tokenizer: Any, text: str, start: int, end: int, name: str) -> None:
+    """Refuse an unknown token for text that the vocabulary holds: a step before it is missing."""
+    unknown, covered = tokenizer.unk_token_id, text[start:end]
+    for spelled in (covered, covered.replace(" ", "Ġ"), covered.replace(" ", "▁")):
+        if spelled and tokenizer.convert_tokens_to_ids(spelled) not in (None, unknown):
+            raise Refused(
+                f"{name}: the tokenizer makes {covered!r} the unknown token "
+                f"{tokenizer.unk_token!r}, in {_around(text, start)!r}, though its vocabulary "
+                f"holds {spelled!r}; {REMEDY}"
+            )
 
 
 def _special(tokenizer: Any) -> dict[int, str]:

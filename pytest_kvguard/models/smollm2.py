@@ -11,7 +11,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from gguf import GGUFReader, TokenType
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pytest_kvguard.errors import Unavailable
 from pytest_kvguard.models.artefacts import cache_dir, digest, keep, versions
@@ -80,7 +85,7 @@ def _download(folder: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Write a GGUF file as an ordinary model folder."""
     with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = _tokenizer(gguf)
         packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # What is loaded from GGUF refuses to be saved: it counts as quantized.
         plain = type(packed)(packed.config.__class__(**_plain(packed.config.to_dict())))
@@ -88,6 +93,30 @@ def _convert(gguf: Path, folder: Path) -> None:
         plain.generation_config.eos_token_id = tokenizer.eos_token_id
         plain.half().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def _tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
+    """Build the tokenizer that a GGUF file describes: byte-level BPE, digits one by one.
+
+    Not by transformers: 5.2 makes a Llama tokenizer of it, with another end token.
+    """
+    fields = GGUFReader(gguf).fields
+    says = {name: found.contents() for name, found in fields.items() if "token" in name}
+    pieces, kinds = says["tokenizer.ggml.tokens"], says["tokenizer.ggml.token_type"]
+    merges = [tuple(pair.split(" ")) for pair in says["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
+    tokenizer.decoder = ByteLevelDecoder()
+    special = [p for p, kind in zip(pieces, kinds, strict=True) if kind == TokenType.CONTROL]
+    tokenizer.add_special_tokens([AddedToken(p, special=True, normalized=False) for p in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=pieces[says["tokenizer.ggml.bos_token_id"]],
+        eos_token=pieces[says["tokenizer.ggml.eos_token_id"]],
+        pad_token=pieces[says["tokenizer.ggml.padding_token_id"]],
+        chat_template=says["tokenizer.chat_template"],
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
