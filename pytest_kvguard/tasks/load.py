@@ -40,6 +40,8 @@ class HubSet:
 
 def load(data: str | Path, fields: Fields, part: HubSet) -> list[Row]:
     """Read a file of JSON lines (``.gz`` too), or else a hub data set named ``owner/name``."""
+    if not isinstance(data, str | Path) or not str(data).strip():
+        raise InvalidArgument(f"data must be a file of JSON lines, or owner/name, got {data!r}")
     path = Path(data)
     if path.is_file():
         return load_file(path, fields)
