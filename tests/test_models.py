@@ -12,9 +12,9 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM
 
-from pytest_kvguard import models
+from pytest_kvguard import hub, models
 from pytest_kvguard.errors import InvalidArgument, Unavailable
-from pytest_kvguard.models import artefacts, hub, placement
+from pytest_kvguard.models import artefacts, placement
 from tests import tiny
 from tests.plugin import stand_in
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_kvguard.errors import InvalidArgument, Unavailable
-from pytest_kvguard.models.hub import ask_hub
+from pytest_kvguard.hub import ask_hub
 from pytest_kvguard.models.smollm2 import SMOLLM2, smollm2, smollm2_gguf
 
 REASONER = "reasoner"

@@ -89,8 +89,11 @@ def load_hub(name: str, fields: Fields, part: HubSet) -> list[Row]:
     """
     import datasets
 
+    from pytest_kvguard.hub import read_data_set  # it costs start-up time
+
     try:
-        table = datasets.load_dataset(name, part.config, split=part.split)
+        with read_data_set(name):
+            table = datasets.load_dataset(name, part.config, split=part.split)
     except (OSError, ValueError) as error:
         raise Unavailable(
             f"cannot load {name!r} ({part.config}, {part.split}) from the hub: {error}; "

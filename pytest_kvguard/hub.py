@@ -1,6 +1,7 @@
-"""Ask the hub once, briefly, before transformers asks it again and again."""
+"""Ask the hub once, briefly, before transformers or datasets ask it again and again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from threading import Thread
 from typing import Any
@@ -30,28 +31,51 @@ def ask_hub(name: str, names: tuple[str, ...]) -> bool:
     near = get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}? otherwise " if near else ""
     try:
-        config = hf_hub_url(name, "config.json")
+        answer = _ask(name, "config.json", "model")
     except HFValidationError:
         raise InvalidArgument(
             f"there is no model folder {name!r}, and it is no hub id (owner/name) either"
         ) from None
     cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
-    if constants.HF_HUB_OFFLINE:
-        why = "HF_HUB_OFFLINE is set"
-    else:
-        answer = _answer(lambda: get_hf_file_metadata(config, timeout=5))
-        if answer is None:
-            return False
-        if not cached and (refusal := _refusal(answer)):
-            raise Unavailable(f"cannot have model {name!r}: {hint}{refusal}") from answer
-        why = " ".join(str(answer).split())[:200] or type(answer).__name__
+    if answer is None:
+        return False
     if cached:
         return True
+    if refusal := _refusal(answer):
+        raise Unavailable(f"cannot have model {name!r}: {hint}{refusal}") from answer
+    why = " ".join(str(answer).split())[:200] or type(answer).__name__
     raise Unavailable(
         f"cannot have model {name!r}: there is no folder of that name, the hub's cache does not "
         f"hold it, and the hub is out of reach ({why}); {hint}connect and run once, or copy the "
         f"model here and give its folder"
     )
+
+
+@contextmanager
+def read_data_set(name: str) -> Iterator[None]:
+    """Let a data set be read from the hub's cache alone while the hub is out of reach.
+
+    As under HF_HUB_OFFLINE, which both libraries look up whenever they are about to ask.
+    """
+    import datasets
+
+    asked = not datasets.config.HF_HUB_OFFLINE  # HF_DATASETS_OFFLINE sets this one alone
+    answer = _ask(name, "README.md", "dataset") if asked else None
+    was = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if answer is not None and _refusal(answer) is None:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = was
+
+
+def _ask(name: str, file: str, kind: str) -> Exception | None:
+    """Return None if the hub has a file, or its answer, or what kept it from answering."""
+    url = hf_hub_url(name, file, repo_type=kind)
+    if constants.HF_HUB_OFFLINE:
+        return ConnectionError("HF_HUB_OFFLINE is set")
+    return _answer(lambda: get_hf_file_metadata(url, timeout=5))
 
 
 def _refusal(answer: Exception) -> str | None:
