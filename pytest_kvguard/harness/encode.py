@@ -11,6 +11,7 @@ from pytest_kvguard.tasks.base import Kind, Sample, Task
 from pytest_kvguard.tasks.prompt import Message, Rendered, SpanKind, render
 from pytest_kvguard.tasks.tokens import context_length, token_kinds, token_spans, unit_positions
 from pytest_kvguard.tasks.units import MARKED, with_units
+from pytest_kvguard.tokenizer_check import check_prompt
 
 KINDS: tuple[Kind, ...] = ("system", "instruction", "shot", "document", "question")
 PROTECTABLE = (*KINDS, "template")
@@ -73,11 +74,11 @@ def _punctuation(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, ..
 def _encode(
     sample: Sample, tokenizer: Any, chat: bool, ahead: bool, protect: Collection[str], units: str
 ) -> Prompt:
-    def template(messages: list[Message]) -> str:
+    def in_template(messages: list[Message]) -> str:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return str(text)
 
-    rendered = render(sample, template if chat else None)
+    rendered = render(sample, in_template if chat else None)
     return to_prompt(
         rendered,
         tokenizer,
@@ -111,6 +112,8 @@ def to_prompt(
     offsets = tokens["offset_mapping"]
     owners = token_spans(rendered.spans, offsets)
     kinds = token_kinds(rendered.spans, owners)
+    template = [kind == "template" for kind in kinds]
+    check_prompt(tokenizer, rendered.text, tokens.encodings[0], template, name=name)
     context = context_length(rendered.spans, owners) if "question" in kinds else 0
     if ahead and context == 0:
         raise InvalidArgument(

@@ -17,6 +17,7 @@ no time. `pyramidinfer_kv` takes the same budgets and votes to a prefill that dr
 SCOPE's code does, https://arxiv.org/abs/2412.13649, so that only its cache is a pyramid.
 """
 
+from math import inf
 from numbers import Real
 
 import torch
@@ -43,8 +44,8 @@ def pyramidinfer_kv(recent: float = 0.2, sinks: int = 4, distance: float = 1.2) 
 def _policy(name: str, recent: float, sinks: int, distance: float, *, narrows: bool) -> Policy:
     check_share("recent", recent)
     check_count("sinks", sinks, least=0)
-    if not isinstance(distance, Real) or not distance > 0:
-        raise InvalidArgument(f"distance must be above 0, got {distance!r}")
+    if not isinstance(distance, Real) or isinstance(distance, bool) or not 0 < distance < inf:
+        raise InvalidArgument(f"distance must be a finite number above 0, got {distance!r}")
 
     def importance(state: LayerState) -> Tensor:
         votes = _votes(state, recent, distance)  # (T,)

@@ -30,6 +30,8 @@ def whitelist(kinds: str = "", first: int = 0, last: int = 0) -> Modifier:
     a prompt without such a part is treated as without the whitelist. The budget refuses what it
     cannot hold.
     """
+    if not isinstance(kinds, str):
+        raise InvalidArgument(f"kinds must be words, such as 'system shot'; got {kinds!r}")
     wanted = [check_choice("kinds", kind, KINDS) for kind in kinds.split()]
     check_count("first", first, least=0)
     check_count("last", last, least=0)

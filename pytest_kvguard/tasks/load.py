@@ -40,6 +40,8 @@ class HubSet:
 
 def load(data: str | Path, fields: Fields, part: HubSet) -> list[Row]:
     """Read a file of JSON lines (``.gz`` too), or else a hub data set named ``owner/name``."""
+    if not isinstance(data, str | Path) or not str(data).strip():
+        raise InvalidArgument(f"data must be a file of JSON lines, or owner/name, got {data!r}")
     path = Path(data)
     if path.is_file():
         return load_file(path, fields)
@@ -87,8 +89,11 @@ def load_hub(name: str, fields: Fields, part: HubSet) -> list[Row]:
     """
     import datasets
 
+    from pytest_kvguard.hub import read_data_set  # it costs start-up time
+
     try:
-        table = datasets.load_dataset(name, part.config, split=part.split)
+        with read_data_set(name):
+            table = datasets.load_dataset(name, part.config, split=part.split)
     except (OSError, ValueError) as error:
         raise Unavailable(
             f"cannot load {name!r} ({part.config}, {part.split}) from the hub: {error}; "

@@ -16,7 +16,7 @@ from typing import Literal
 
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.tasks.base import Part, Sample, Task
-from pytest_kvguard.tasks.checks import check_count
+from pytest_kvguard.tasks.checks import check_count, check_seed
 from pytest_kvguard.tasks.filler import NOISE, prose
 from pytest_kvguard.tasks.scorers import contains_all
 
@@ -77,7 +77,8 @@ def retrieval(
     check_count("digits", digits, 4, 18)
     check_count("questions_per_context", questions_per_context, 1, needles)
     check_count("n", n, 1, 100_000)
-    if filler not in FILLERS:
+    check_seed(seed)
+    if not isinstance(filler, str) or filler not in FILLERS:
         raise InvalidArgument(f"filler must be one of {', '.join(FILLERS)}, got {filler!r}")
     sentences = FILLERS[filler]()
     name = f"{filler}-{length}w-{needles}x{values}x{digits}-seed{seed}"

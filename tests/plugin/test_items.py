@@ -99,17 +99,61 @@ def test_a_marked_test_keeps_its_own_parameters(suite):
         ('("recal")', "kv_result", "unknown task 'recal'; did you mean 'recall'? known: "),
         ('("recall", policies="snap")', "kv_result", "unknown policy 'snap'; did you mean 'snapkv"),
         ('("recall", policies=[])', "kv_result", "kv_sensitivity was given no policies, so it wou"),
+        ('("recall", policies=7)', "kv_result", "policies: a policy is named as text, such as 'sn"),
+        (
+            '("recall", policies=get_policy("tova"))',
+            "kv_result",
+            "policies: a policy is named as te"
+            "xt, such as 'tova', got a Policy; register_policy gives a policy of your own a name",
+        ),
         ('("recall", ratios=())', "kv_result", "kv_sensitivity was given no ratios, so it would"),
-        ('("recall", ratios=[0.5, 0])', "kv_result", "keep ratio must be in (0, 1], got '0'"),
-        ('("recall", ratios="most")', "kv_result", "expected a number, got 'most'"),
-        ('("recall", max_drop=1)', "kv_result", "max drop must be in [0, 1), got '1'"),
-        ('("recall", limit=-1)', "kv_result", "expected a whole number of at least 1, got '-1'"),
+        (
+            '("recall", ratios=[0.5, 0])',
+            "kv_result",
+            "ratios: keep ratio must be in (0, 1], got '0'",
+        ),
+        (
+            '("recall", ratios=50)',
+            "kv_result",
+            "ratios: keep ratio must be in (0, 1], got '50'; did ",
+        ),
+        (
+            '("recall", ratios="0.5,0.25")',
+            "kv_result",
+            "ratios: expected a number, got '0.5,0.25'; "
+            "several are separated by commas on the command line, and a list in Python",
+        ),
+        ('("recall", ratios=True)', "kv_result", "ratios: expected a number, got 'True'"),
+        ('("recall", ratios="most")', "kv_result", "ratios: expected a number, got 'most'"),
+        ('("recall", max_drop=1)', "kv_result", "max_drop: max drop must be in [0, 1), got '1'"),
+        (
+            '("recall", max_drop=float("nan"))',
+            "kv_result",
+            "max_drop: expected a number, got 'nan'",
+        ),
+        (
+            '("recall", limit=-1)',
+            "kv_result",
+            "limit: expected a whole number of at least 1, got '-",
+        ),
+        (
+            '("recall", limit=2.0)',
+            "kv_result",
+            "limit: expected a whole number of at least 1, got ",
+        ),
+        (
+            '("recall", units="shot")',
+            "kv_result",
+            "units: expected one of shots, sentences, paragrap"
+            "hs, turns, code, json, got 'shot'; did you mean 'shots'?",
+        ),
     ],
 )
 def test_a_marker_that_cannot_be_used_ends_the_run(suite, decorator, arguments, expected):
     suite.pytester.makepyfile(
         test_it=f"""
         import pytest
+        from pytest_kvguard import get_policy
 
         @pytest.mark.kv_sensitivity{decorator}
         def test_x({arguments}): pass
@@ -119,6 +163,17 @@ def test_a_marker_that_cannot_be_used_ends_the_run(suite, decorator, arguments, 
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     (line,) = [line for line in result.errlines if line.strip()]
     assert line.startswith(f"ERROR: test_it.py::test_x: {expected}")
+
+
+def test_an_argument_that_is_none_is_not_given(suite):
+    none = "policies=None, ratios=None, max_drop=None, limit=None, units=None"
+    source = f"""
+        import pytest
+
+        @pytest.mark.kv_sensitivity("recall", {none})
+        def test_recall(kv_result): pass
+    """
+    assert collected(suite, source) == ["test_recall[snapkv-0.5]"]
 
 
 @pytest.mark.parametrize("fixture", ["kv_result", "kv_cell"])
@@ -140,3 +195,26 @@ def test_the_marker_is_known_to_strict_runs_and_shown(suite):
     suite.pytester.makepyfile(GRID)
     suite("--strict-markers", "--collect-only").assert_outcomes()
     suite("--markers").stdout.fnmatch_lines(["@pytest.mark.kv_sensitivity(task, [*], policies=*"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ('policy="tova", ratio=50', "InvalidArgument: ratios: keep ratio must be in (0, 1], got *"),
+        ('policy="tova", ratio=[0.5]', "InvalidArgument: expected a number, got '[[]0.5]'"),
+        (
+            'policy=["tova"], ratio=0.5',
+            "InvalidArgument: a policy is named as text, *, got a list*",
+        ),
+        ('policy="tov", ratio=0.5', "UnknownName: unknown policy 'tov'; did you mean 'tova'? *"),
+        (
+            'policy="tova", ratio=0.5, limit=0',
+            "InvalidArgument: limit: expected a whole number of*",
+        ),
+    ],
+)
+def test_kvguard_names_what_it_cannot_use_in_one_line(suite, asked, expected):
+    suite.pytester.makepyfile(f"def test_it(kvguard): kvguard('recall', {asked})")
+    result = suite()
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*_ test_it _*", expected, "*short test summary*"])

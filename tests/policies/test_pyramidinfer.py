@@ -103,8 +103,8 @@ def test_attention_falls_on_what_is_alive_alone():
     [
         ("pyramidinfer(recent=1.5)", "recent must be in"),
         ("pyramidinfer(sinks=-1)", "sinks must be"),
-        ("pyramidinfer(distance=0)", "distance must be above 0, got 0"),
-        ("pyramidinfer_kv(distance=far)", "distance must be above 0, got 'far'"),
+        ("pyramidinfer(distance=0)", "distance must be a finite number above 0, got 0"),
+        ("pyramidinfer_kv(distance=far)", "distance must be a finite number above 0, got 'far'"),
     ],
 )
 def test_parameters_that_mean_nothing_are_refused(spec, said):

@@ -6,7 +6,10 @@ import re
 
 import datasets
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
+from pytest_kvguard import hub
 from pytest_kvguard.errors import InvalidArgument, Unavailable
 from pytest_kvguard.tasks.arithmetic import arithmetic
 from pytest_kvguard.tasks.load import HubSet, load
@@ -78,7 +81,52 @@ def test_a_file_that_is_not_there_is_no_hub_data_set(name):
         load(name, FIELDS, PART)
 
 
-def test_hub_rows_are_read_like_a_file(monkeypatch):
+@pytest.fixture
+def answer(monkeypatch):
+    """What the hub is made to answer to our one request; unless it is an error, it has the file."""
+    given: list[Exception] = []
+
+    def ask(*_: object, **__: object) -> None:
+        if given:
+            raise given[0]
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", ask)
+    return given
+
+
+def hub_error(kind: type[Exception]) -> Exception:
+    """An answer of the hub, without the request it answers."""
+    error = kind.__new__(kind)
+    Exception.__init__(error, "no")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "offline"),
+    [
+        (None, False),
+        (ConnectionError("no route"), True),
+        (hub_error(EntryNotFoundError), False),
+        (hub_error(RepositoryNotFoundError), False),
+    ],
+)
+def test_without_a_hub_a_data_set_is_read_from_the_cache_alone(answer, monkeypatch, error, offline):
+    answer.extend([error] if error else [])
+    seen = []
+
+    def load_dataset(*_: object, **__: object):
+        seen.append((constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE))
+        return datasets.Dataset.from_list([{"question": "1+1?", "answer": "2"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(load("openai/gsm8k", FIELDS, PART)) == 1
+    assert seen == [(offline, offline)]
+    assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (False, False)
+
+
+def test_hub_rows_are_read_like_a_file(answer, monkeypatch):
     asked = []
 
     def load_dataset(*args, **kwargs):

@@ -205,7 +205,7 @@ def test_a_problem_of_its_own_containers_is_never_asked_as_its_shot_asks_it():
         ("facts", {"shots": 0}, "shots must be a whole number, 1 to 32, got 0"),
         ("instructions", {"rules": 1}, "rules must be a whole number, 2 to 4, got 1"),
         ("instructions", {"people": 11}, "people must be a whole number, 1 to 10, got 11"),
-        ("facts", {"n": 0}, r"n must be at least 1, got 0"),
+        ("facts", {"n": 0}, r"n must be a whole number, 1 to 100000, got 0"),
     ],
 )
 def test_a_parameter_out_of_range_is_refused_with_its_value(name, params, message):

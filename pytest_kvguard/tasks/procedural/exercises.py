@@ -8,6 +8,7 @@ from typing import Literal
 
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.tasks.base import Part, Sample
+from pytest_kvguard.tasks.checks import check_count, check_seed
 
 Split = Literal["train", "test"]
 """Tasks are drawn from ``test``; a model of ours may be trained on ``train`` alone."""
@@ -43,10 +44,11 @@ def split_of(instance: str) -> Split:
 def draw_samples(draw: Draw, n: int, seed: int) -> tuple[Sample, ...]:
     """Draw ``n`` different samples; the first k of a larger n are those of n = k.
 
-    Raises InvalidArgument for n < 1, or when the task has too few different samples.
+    Raises InvalidArgument for n < 1, a seed that is no whole number, or when the task has too few
+    different samples.
     """
-    if n < 1:
-        raise InvalidArgument(f"n must be at least 1, got {n!r}")
+    check_count("n", n, 1, 100_000)
+    check_seed(seed)
     rng = Random(seed)
     found: dict[str, Sample] = {}
     for _ in range(20 * n):

@@ -47,8 +47,8 @@ def instructions(
     What the people have stands among ``sentences`` (0..100) that tell nothing about them.
     ``without`` is a kind of rule that is never given: begin, end, never or capitals.
     """
-    if without and without not in KINDS:
-        raise UnknownName("kind of rule", without, KINDS)
+    if without != "" and without not in KINDS:
+        raise UnknownName("kind of rule", str(without), KINDS)
     check_count("rules", rules, 2, len(KINDS) - bool(without))
     check_count("people", people, 1, len(ITEMS) // ITEMS_EACH)
     check_count("sentences", sentences, 0, 100)
