@@ -50,6 +50,17 @@ def check_shared_context(memory: int | None) -> None:
     assert run(family("llama"), apart, [], memory=memory)[0].prefills == len(apart)
 
 
+def test_a_prompt_that_comes_again_is_not_prefilled_again():
+    """Neither in the same pass of prefill nor after the trial."""
+    what = [Prompt(p.ids, context=0) for p in prompts()] * 2
+    engine = Engine(AttentionHook(family("llama")))
+    grid = engine.run(what, cells("knorm"), STOPPING, first=5)
+    assert grid.prefills == engine.hook.prefills == len(QUESTIONS)
+    base, kept = answers(grid)
+    assert [base[i] for i in range(4)] == [base[i] for i in range(4, 8)]
+    assert [kept[i] for i in range(4)] == [kept[i] for i in range(4, 8)]
+
+
 def prefilled_tokens(what: list[Prompt]) -> int:
     """Tokens that went through the model before any was written, each prompt in its own pass."""
     hook = AttentionHook(family("llama"))

@@ -6,12 +6,14 @@ from functools import cache
 import pytest
 import torch
 
+from pytest_kvguard.engine import engine as engine_module
+from pytest_kvguard.engine.cache import evicting
 from pytest_kvguard.engine.engine import Engine
 from pytest_kvguard.engine.grid import Cell, Grid, Prompt, Stopping
 from pytest_kvguard.engine.model import AttentionHook
 from pytest_kvguard.engine.settings import Settings
 from pytest_kvguard.policies import POLICIES, get_policy
-from pytest_kvguard.policies.base import Policy
+from pytest_kvguard.policies.base import EMPTY, Policy
 from pytest_kvguard.policies.budgets import keep_ratio
 from pytest_kvguard.policies.combine import combined
 from pytest_kvguard.policies.selectors import top_tokens
@@ -278,6 +280,30 @@ def test_what_goes_while_decoding_is_counted():
     hook = AttentionHook(family("llama"))
     short = Engine(hook).run(prompts(), [Cell(keep_prompt, 1.0)], one_token)
     assert short.cells[0].evicted == 0
+
+
+@pytest.mark.parametrize("spec", ["h2o", "tova", "h2o|int8"])
+def test_every_slot_that_reading_the_drafts_frees_is_counted(spec, monkeypatch):
+    freed, reading = [], []
+    victims, verify = evicting.victims, engine_module.verify
+
+    def watching(eviction, state):
+        slots = victims(eviction, state)
+        real = state.newest != EMPTY  # padding frees nothing
+        freed.append(int((slots[real] != EMPTY).sum()) if reading else 0)
+        return slots
+
+    def noted(*args):
+        reading.append(args)
+        rows = verify(*args)
+        reading.clear()
+        return rows
+
+    monkeypatch.setattr(evicting, "victims", watching)
+    monkeypatch.setattr(engine_module, "verify", noted)
+    grid, _ = run(family("llama"), prompts(), cells(spec))
+    answers(grid)
+    assert grid.cells[0].evicted == sum(freed) > len(prompts())
 
 
 def test_it_does_not_matter_which_attention_a_model_was_loaded_with():
