@@ -155,7 +155,7 @@ OPTIONS = (
         "--kv-memory",
         "BYTES",
         "Caches and logits to hold at a time, at least 1MiB: 500MB, 4GiB or plain bytes. "
-        "Default: 70% of what a GPU has free, 1GiB on a CPU",
+        "Default: 0.7 of what a GPU has free, 1GiB on a CPU",
         memory_size,
         None,
     ),

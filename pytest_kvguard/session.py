@@ -68,7 +68,8 @@ class Session:
         if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) - 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // (workers + 1)))
         chosen = self.settings
-        return load(chosen.model, device=chosen.device, dtype=chosen.dtype, room=chosen.memory)
+        room = {} if chosen.memory is None else {"room": chosen.memory}
+        return load(chosen.model, device=chosen.device, dtype=chosen.dtype, **room)
 
     def task(self, asked: Any) -> "Task":
         """Make the task a marker names, once."""

@@ -264,7 +264,7 @@ def test_parameters_for_a_task_go_on_top_of_the_markers(suite):
 def test_a_limit_on_memory_changes_no_number(suite, monkeypatch):
     monkeypatch.setattr(values, "LEAST_MEMORY", 1)  # a tiny model needs a tiny limit
     suite.pytester.makepyfile(MARKED)
-    (roomy,), (tight,) = suite.cells(), suite.cells("--kv-memory=0.1MB")
+    (roomy,), (tight,) = suite.cells(), suite.cells("--kv-memory=1MiB")
     for field in ("base", "kept", "broke", "held", "bytes_held"):
         assert roomy[field] == tight[field]
 

@@ -16,7 +16,7 @@ SLOW = """
 def test_long_work_says_how_far_it_is(suite, monkeypatch, capture):
     monkeypatch.setattr("pytest_kvguard.report.progress.EVERY", 0)
     suite.pytester.makepyfile(SLOW)
-    result = suite("--kv-memory=0.1MB", f"--capture={capture}")  # a few prompts at a time
+    result = suite("--kv-memory=1MiB", f"--capture={capture}")  # a few prompts at a time
     result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines(
         ["recall: 2 cells: * of 72 answers, * cells done, * tokens a second, * s left"]
@@ -25,7 +25,7 @@ def test_long_work_says_how_far_it_is(suite, monkeypatch, capture):
 
 def test_short_work_says_nothing(suite):
     suite.pytester.makepyfile(SLOW)
-    result = suite("--kv-memory=0.1MB")
+    result = suite("--kv-memory=1MiB")
     result.assert_outcomes(passed=2)
     result.stdout.no_fnmatch_line("*answers*")
 
@@ -33,7 +33,7 @@ def test_short_work_says_nothing(suite):
 def test_nothing_is_said_where_there_is_no_terminal(suite, monkeypatch):
     monkeypatch.setattr("pytest_kvguard.report.progress.EVERY", 0)
     suite.pytester.makepyfile(SLOW)
-    result = suite("--kv-memory=0.1MB", "-p", "no:terminal")
+    result = suite("--kv-memory=1MiB", "-p", "no:terminal")
     assert result.ret == 0
     assert result.stdout.str() == ""
 

@@ -29,7 +29,7 @@ def test_the_summary_and_the_report_show_every_cell_alone_and_on_two_workers(sui
     monkeypatch.setattr(progress, "EVERY", progress.EVERY)  # the conftest changes it for this run
     with (suite.pytester.path / "conftest.py").open("a", encoding="utf-8") as conftest:
         conftest.write("\nimport pytest_kvguard.report.progress as p; p.EVERY = 0\n")
-    spread, again = suite("--kv-report=kv.json", "-n2", "--kv-memory=0.1MB"), suite.report()
+    spread, again = suite("--kv-report=kv.json", "-n2", "--kv-memory=1MiB"), suite.report()
     spread.stdout.no_fnmatch_line("*answers*")
     for result in (alone, spread):
         assert result.ret == pytest.ExitCode.TESTS_FAILED
