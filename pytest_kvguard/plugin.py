@@ -205,10 +205,9 @@ def kvguard(request: pytest.FixtureRequest, kv_model: "Loaded") -> "Callable[...
     def compare(task: Any, *, policy: str, ratio: float, **asked: Any) -> "Comparison":
         mark = marker.kv_sensitivity(task, policies=policy, ratios=ratio, **asked).mark
         session = request.config.stash[SESSION]
-        with _plainly():
-            _register(request.config)
-            plan = marker.plan(mark, session.settings)
-            cell = CellName(marker.parse_policy(policy), values.keep_ratio(str(ratio)))
+        _register(request.config)
+        plan = marker.plan(mark, session.settings)
+        cell = CellName(marker.parse_policy(policy), values.keep_ratio(str(ratio)))
         return _measure(request, kv_model, plan, cell)
 
     return compare
@@ -230,8 +229,7 @@ def kv_cache(
     def cache(given: Any, *, policy: str, ratio: float, **asked: Any) -> "CompressedCache":
         _register(request.config)
         keep = values.keep_ratio(str(ratio))
-        with _plainly():
-            return compress(kv_model, given, get_policy(policy), keep, **asked)
+        return compress(kv_model, given, get_policy(policy), keep, **asked)
 
     return cache
 

@@ -5,11 +5,12 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from pytest_kvguard.engine.grid import Cell, Prompt, Stopping
+from pytest_kvguard.engine.grid import Cell, Prompt
 from pytest_kvguard.engine.model import AttentionHook
 from pytest_kvguard.engine.stepwise import Row
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.harness.given import Given, prompt_from
+from pytest_kvguard.harness.replies import Stopping, decode_with_tags, tail_of
 from pytest_kvguard.models import Loaded
 from pytest_kvguard.policies.base import EMPTY, Policy
 from pytest_kvguard.tasks.base import Protocol
@@ -102,7 +103,7 @@ class CompressedCache:
 
     @property
     def text(self) -> str:
-        """What was written so far, without the end token."""
+        """What was written so far, without reasoning trace and end token."""
         return self._stopping(()).text(self.tokens)
 
     def step(self) -> int:
@@ -123,7 +124,7 @@ class CompressedCache:
         return self.tokens[-1]
 
     def answer(self, max_new_tokens: int | None = None, stop: tuple[str, ...] = ()) -> str:
-        """Step until the answer ends; return it without its end, and nothing from ``stop`` on.
+        """Step until the answer ends, as in a run; return what a scorer would be given.
 
         max_new_tokens: end after this many in all; as many as there is room for if None.
         """
@@ -134,7 +135,9 @@ class CompressedCache:
         return stopping.text(self.tokens)
 
     def _stopping(self, strings: tuple[str, ...], most: int = 0) -> Stopping:
-        return Stopping(most, self._loaded.eos, strings, self._loaded.decode)
+        readable = decode_with_tags(self._loaded.tokenizer, self._loaded.decode)
+        tail = tail_of(self.prompt.ids, readable)
+        return Stopping(most, self._loaded.eos, strings, readable, tail)
 
 
 def compress(

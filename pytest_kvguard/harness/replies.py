@@ -109,7 +109,7 @@ def stopping(
     where some prompts open a reasoning trace and others do not.
     """
     readable = decode_with_tags(tokenizer, decode)
-    tails = [readable(list(ids[-PROMPT_TAIL:])) for ids in prompts]
+    tails = [tail_of(ids, readable) for ids in prompts]
     opened = {opened_by(tail) for tail in tails}
     if len(opened) > 1:
         raise InvalidArgument(
@@ -117,6 +117,11 @@ def stopping(
             f"of them alike, such as ...{tails[0][-40:]!r}"
         )
     return Stopping(task.max_new_tokens, eos, task.stop, readable, tails[0])
+
+
+def tail_of(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> str:
+    """Decode the end of a prompt, which may open a reasoning trace."""
+    return decode(list(ids[-PROMPT_TAIL:]))
 
 
 def decode_with_tags(

@@ -4,7 +4,7 @@ import pytest
 
 from pytest_kvguard.engine.grid import Cell
 from pytest_kvguard.harness.measure import Bench
-from pytest_kvguard.harness.replies import LOOK_EVERY, decode_with_tags
+from pytest_kvguard.harness.replies import LOOK_EVERY, Reply, decode_with_tags, stopping
 from pytest_kvguard.models import wrap
 from pytest_kvguard.policies import get_policy
 from pytest_kvguard.tasks.base import Part, Sample, Task
@@ -89,3 +89,7 @@ def test_the_tags_of_a_trace_are_read_where_a_tokenizer_calls_them_special():
     assert "think" not in loaded.decode(ids)
     read = decode_with_tags(tokenizer, loaded.decode)(ids)
     assert read.replace(" ", "") == "<think>w20</think>w21"
+    until = stopping(
+        task("", lambda text, sample: 1.0), [[20]], tokenizer, loaded.eos, loaded.decode
+    )
+    assert until.read(ids) == Reply("w21", "w20", "ended")
