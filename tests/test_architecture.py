@@ -26,7 +26,7 @@ OURS = {
     "harness.refusals": {"harness.records"},
     "harness.compare": {"harness.records", "harness.refusals", "harness.stats", "errors"},
     "harness": {"progress", "kv", "models", "policies", "tasks", "errors"},
-    "report": {"progress", "harness.compare", "harness.records", "specs", "errors"},
+    "report": {"progress", "harness.compare", "harness.records"},
     "states": {"policies"},
     "laws": {"states", "policies", "errors"},
     "options": {"specs", "errors"},
