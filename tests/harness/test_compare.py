@@ -120,6 +120,24 @@ def test_a_drop_of_exactly_the_limit_is_within_it():
     assert (c.dp, c.verdict, c.holds) == (-0.1, "inconclusive", True)
 
 
+@pytest.mark.parametrize(("right", "holds"), [(901, True), (900, True), (899, False), (890, False)])
+def test_the_gate_lets_through_not_one_sample_more_than_the_limit(right, holds):
+    c = compare(base(1000, 1000), kept(right, 1000), max_drop=0.1)
+    assert (c.verdict, c.holds) == ("inconclusive", holds)
+
+
+def test_a_verdict_changes_where_the_limit_meets_the_end_of_the_interval():
+    c = compare(after=kept(20))
+    worst, best = (-end for end in c.interval)
+    for limit, verdict in (
+        (math.nextafter(worst, 1), "pass"),
+        (worst, "inconclusive"),
+        (best, "inconclusive"),
+        (math.nextafter(best, 0), "fail"),
+    ):
+        assert dataclasses.replace(c, max_drop=limit).verdict == verdict
+
+
 REFUSED = {
     "nothing was evicted": (None, kept(held=Held(1, 1, 1), ratio=1.0, bytes_held=80)),
     "scores 0 on all 50 samples.*1 - score": (
@@ -288,6 +306,14 @@ def test_a_level_is_a_fraction():
 def test_an_unknown_mode_is_not_taken():
     with pytest.raises(InvalidArgument, match=r"one of .*'gate', 'proved', .* got 'strict'"):
         compare(mode="strict")
+
+
+@pytest.mark.parametrize("chance", [-0.1, 1.0, math.nan])
+def test_a_run_takes_no_chance_that_leaves_nothing_to_score(chance):
+    with pytest.raises(
+        InvalidArgument, match=rf"guessing scores must be in \[0, 1\), got {chance}"
+    ):
+        base(chance=chance)
 
 
 @pytest.mark.parametrize("score", [-0.1, 1.1, math.nan])

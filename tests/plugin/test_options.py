@@ -12,6 +12,7 @@ MARKED = """
         assert kv_result.holds
 """
 NAMES = ["--collect-only", "-q"]
+LONG = "a" * 300
 
 
 def items(result: pytest.RunResult) -> list[str]:
@@ -115,8 +116,13 @@ def test_a_policy_put_together_is_measured_and_reported_as_it_was_typed(suite):
         ("--kv-protocol=both", "--kv-protocol: expected one of prompt, context, got 'both'"),
         ("--kv-protect=shots", "--kv-protect: expected one of system, instruction, shot, document"),
         ("--kv-units=lines", "--kv-units: expected one of shots, sentences, paragraphs, turns, co"),
-        ("--kv-report=no/kv.json", "--kv-report: there is no folder 'no' to write 'kv.json' to"),
-        ("--kv-report=.", "--kv-report: '.' is a folder; name a file in it"),
+        ("--kv-report=", "--kv-report: expected a file, got ''"),
+        ("--kv-report=.", "--kv-report: expected a file, got '.'"),
+        ("--kv-report=../", "--kv-report: cannot write '../': it is a folder; name a file in a"),
+        ("--kv-report=/dev/null", "--kv-report: cannot write '/dev/null': it is no regular file;"),
+        ("--kv-report=recall.py/a/kv.json", "--kv-report: cannot write 'recall.py/a/kv.json': Not"),
+        (f"--kv-report={LONG}", f"--kv-report: cannot write '{LONG}': File name too long; name"),
+        ("--kv-report=/proc/kv.json", "--kv-report: cannot write '/proc/kv.json': "),
         ("--kv-dtype=int8", "--kv-dtype: expected one of float32, bfloat16, float16, got 'int8'"),
         ("--kv-memory=many", "--kv-memory: expected a whole number of at least 1, got 'many'"),
         ("--kv-memory=-1GB", "--kv-memory: expected at least one byte, got '-1GB'"),
