@@ -99,7 +99,7 @@ def test_a_folder_that_is_missing_is_made_once_there_is_something_to_write(suite
     suite.pytester.makepyfile(GRID.format(end="pass"))
     suite("--kv-report=new/folder/kv.json", "--collect-only")
     assert not (suite.pytester.path / "new").exists()
-    suite("--kv-report=new/folder/kv.json", "-n1").assert_outcomes(passed=4)
+    suite("--kv-report=new/folder/kv.json").assert_outcomes(passed=4)
     report = json.loads((suite.pytester.path / "new/folder/kv.json").read_text("utf-8"))
     assert len(report["cells"]) == 4
 
