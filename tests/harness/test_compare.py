@@ -213,6 +213,12 @@ def test_a_limit_that_guessing_would_pass_is_a_weakness():
     assert compare(base(40, 100, chance=0.25), kept(26, 100), max_drop=0.3).weakness is None
 
 
+def test_a_limit_that_ends_where_guessing_does_is_a_weakness_too():
+    weak = compare(base(50, 100, chance=0.25), kept(50, 100), max_drop=0.5)
+    assert "guessing scores 0.250" in weak.weakness
+    assert dataclasses.replace(weak, max_drop=0.49).weakness is None
+
+
 def test_answers_that_hang_on_rounding_are_told():
     assert "2 baseline answers hang on rounding" in compare(base(40, disagreements=2)).reason
 
@@ -243,6 +249,12 @@ def test_a_drop_at_the_limit_promises_no_number_of_samples():
 
 def test_a_pass_has_nothing_to_explain():
     assert compare().reason == ""
+
+
+def test_as_good_as_the_full_cache_is_not_suspicious():
+    c = compare(base(1000, 1000), kept(1000, 1000))
+    assert -0.003 < c.interval[0] < 0
+    assert c.reason == ""
 
 
 def test_better_than_the_full_cache_is_suspicious():

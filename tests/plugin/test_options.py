@@ -2,7 +2,7 @@ import pytest
 
 from pytest_kvguard.harness.encode import PROTECTABLE
 from pytest_kvguard.models import DTYPES
-from pytest_kvguard.options import OPTIONS, PARTS
+from pytest_kvguard.options import OPTIONS, PARTS, size
 
 MARKED = """
     from pytest_kvguard import kv_sensitivity
@@ -125,6 +125,8 @@ def test_a_policy_put_together_is_measured_and_reported_as_it_was_typed(suite):
         ("--kv-report=/proc/kv.json", "--kv-report: cannot write '/proc/kv.json': "),
         ("--kv-dtype=int8", "--kv-dtype: expected one of float32, bfloat16, float16, got 'int8'"),
         ("--kv-memory=many", "--kv-memory: expected a whole number of at least 1, got 'many'"),
+        ("--kv-memory=0", "--kv-memory: expected a whole number of at least 1, got '0'"),
+        ("--kv-memory=0GB", "--kv-memory: expected at least one byte, got '0GB'"),
         ("--kv-memory=-1GB", "--kv-memory: expected at least one byte, got '-1GB'"),
         ("--kv-memory=infMB", "--kv-memory: expected at least one byte, got 'infMB'"),
     ],
@@ -132,6 +134,32 @@ def test_a_policy_put_together_is_measured_and_reported_as_it_was_typed(suite):
 def test_a_bad_value_ends_the_run_in_one_line(suite, given, expected):
     suite.pytester.makepyfile(MARKED)
     assert sentence(suite(given)).startswith(f"ERROR: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("500MB", 500 * 2**20),
+        ("0.5MiB", 2**19),
+        ("2GB", 2**31),
+        ("1.5GiB", 3 * 2**29),
+        ("4096", 4096),
+    ],
+)
+def test_a_size_is_read_in_its_unit(text, expected):
+    assert size(text) == expected
+
+
+def test_a_limit_of_nothing_from_the_command_line_is_one(suite):
+    suite.pytester.makepyfile(MARKED)
+    (cell,) = suite.cells("--kv-max-drop=0", "--kv-limit=6")
+    assert cell["max_drop"] == 0
+
+
+def test_the_protocol_is_chosen_for_all(suite):
+    suite.pytester.makepyfile(MARKED)
+    (cell,) = suite.cells("--kv-protocol=context", "--kv-limit=6")
+    assert cell["protocol"] == "context"
 
 
 def test_a_bad_value_in_the_ini_file_is_said_to_be_there(suite):
