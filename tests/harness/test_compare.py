@@ -182,6 +182,18 @@ def test_storing_the_same_positions_smaller_is_not_nothing():
     assert compare(after=kept(held=Held(1, 1, 1), ratio=1.0, bytes_held=40)).holds
 
 
+@pytest.mark.parametrize("saves", ["positions", "bytes", "reads"])
+@pytest.mark.parametrize(("share", "allowed"), [(0.25, True), (0.2501, False)])
+def test_a_budget_is_a_budget_to_the_last_token(saves, share, allowed):
+    whole = base(bytes_full=10_000, bytes_held=10_000)
+    sizes = {"bytes_full": 10_000, "bytes_held": round(10_000 * share)}
+    run = kept(saves=saves, held=Held(0.2, share, 0.3), read=share, **sizes)
+    refusal = compare(whole, run).refusal
+    assert refusal is None if allowed else "25.01%" in refusal
+    if saves == "bytes" and not allowed:
+        assert "ask for a ratio of 0.251 or" in refusal  # which would do
+
+
 def test_a_held_fraction_of_the_ratio_itself_is_not_too_much():
     third = math.nextafter(1 / 3, 1)
     assert compare(after=kept(held=Held(0.3, third, 0.4), ratio=1 / 3)).holds
