@@ -1,8 +1,12 @@
 """The command line and ini settings: what each is called, means and may be. No torch."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from errno import EINVAL
 from pathlib import Path
+from stat import S_IFREG, S_ISDIR, S_ISREG
+from tempfile import TemporaryFile
 from typing import Any
 
 import pytest
@@ -41,6 +45,7 @@ class Option:
     read: Callable[[str], Any]  # raises InvalidArgument
     default: Any = None
     many: bool = False  # repeatable and comma-separated
+    at_home: bool = False  # of use where the run was started only, not on workers of it
 
     @property
     def ini(self) -> str:
@@ -52,13 +57,29 @@ unit_kind = one_of(*UNITS)
 
 
 def report_file(text: str) -> Path:
-    """Read where to write; the folder must be there before an hour is spent."""
-    path = Path(text)
-    if not path.absolute().parent.is_dir():
-        raise InvalidArgument(f"there is no folder {str(path.parent)!r} to write {path.name!r} to")
-    if path.is_dir():
-        raise InvalidArgument(f"{text!r} is a folder; name a file in it")
-    return path
+    """Read where to write, and try it before an hour is spent. Folders may be missing."""
+    if not Path(text).name:
+        raise InvalidArgument(f"expected a file, got {text!r}")
+    try:
+        _try_writing(Path(os.path.realpath(text)))
+    except OSError as problem:
+        why = problem.strerror or problem
+        raise InvalidArgument(
+            f"cannot write {text!r}: {why}; name a file in a folder you may write to"
+        ) from None
+    return Path(text)
+
+
+def _try_writing(target: Path) -> None:
+    """Raise OSError if a file could not be put there; leaves nothing behind."""
+    try:
+        mode = target.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = S_IFREG
+    if not S_ISREG(mode):  # a pipe or a device would be replaced, not written to
+        raise OSError(EINVAL, "it is a folder" if S_ISDIR(mode) else "it is no regular file")
+    with TemporaryFile(dir=next(folder for folder in target.parents if folder.exists())):
+        pass
 
 
 OPTIONS = (
@@ -134,7 +155,13 @@ OPTIONS = (
         "...), code (fenced blocks) or json. Default: the marker's, else shots",
         unit_kind,
     ),
-    Option("--kv-report", "FILE", "Write every cell as JSON. Default: no file", report_file),
+    Option(
+        "--kv-report",
+        "FILE",
+        "Write every cell as JSON, in a folder that is made if need be. Default: no file",
+        report_file,
+        at_home=True,
+    ),
     Option(
         "--kv-device",
         "DEVICE",
@@ -228,6 +255,11 @@ def _by_name(specs: Sequence[Spec]) -> dict[str, Spec]:
     return found
 
 
+def on_worker(config: pytest.Config) -> bool:
+    """Whether this process is one that xdist started."""
+    return hasattr(config, "workerinput")
+
+
 def any_given(config: pytest.Config) -> bool:
     """Whether the command line or the ini file names any of our options."""
     return any(
@@ -236,6 +268,8 @@ def any_given(config: pytest.Config) -> bool:
 
 
 def _value(config: pytest.Config, option: Option) -> Any:
+    if option.at_home and on_worker(config):  # which may be another machine
+        return option.default
     given = config.getoption(option.ini)
     source = option.flag
     if given is None:

@@ -10,9 +10,8 @@ import pytest
 
 from pytest_kvguard import marker, options, values
 from pytest_kvguard.errors import InvalidArgument, KVGuardError
-from pytest_kvguard.report import summary
 from pytest_kvguard.report.progress import reporter
-from pytest_kvguard.report.table import table
+from pytest_kvguard.report.summary import PROPERTY, Summary
 from pytest_kvguard.session import CellName, Session
 
 if TYPE_CHECKING:
@@ -44,6 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", marker.SIGNATURE)
     config.stash[SESSION] = Session(options.settings(config))
     config.stash[PROBLEMS] = []
+    if not options.on_worker(config):
+        summary = Summary(config.stash[SESSION].settings.report)
+        config.pluginmanager.register(summary, "kvguard-summary")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -100,7 +102,7 @@ def _register(config: pytest.Config) -> None:
 def _note(metafunc: pytest.Metafunc, problem: KVGuardError) -> None:
     """Report a marker that cannot be used: once for the run, or under xdist for its file."""
     config = metafunc.config
-    if hasattr(config, "workerinput"):  # an error that ends a worker would hide its message
+    if options.on_worker(config):  # an error that ends a worker would hide its message
         raise pytest.Collector.CollectError(f"{metafunc.definition.nodeid}: {problem}")
     config.stash[PROBLEMS].append(f"{metafunc.definition.nodeid}: {problem}")
 
@@ -241,7 +243,7 @@ def _measure(
     session = request.config.stash[SESSION]
     with _plainly():
         found = session.measure(loaded, plan, cell, reporter(request.config))
-    request.node.user_properties.append((summary.PROPERTY, json.dumps(found.cell)))
+    request.node.user_properties.append((PROPERTY, json.dumps(found.cell)))
     if found.weakness is not None:
         if session.settings.mode == "proved":
             pytest.fail(found.weakness, pytrace=False)
@@ -258,19 +260,6 @@ def _plainly() -> Iterator[None]:
     except KVGuardError as problem:
         said = f"{type(problem).__name__}: {problem}"
         raise pytest.fail.Exception(said, pytrace=False) from None
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Show every cell that was measured, and write the report file."""
-    reports = (report for found in terminalreporter.stats.values() for report in found)
-    measured = summary.collect(reports)
-    for model, cells in summary.by_model(measured).items():
-        terminalreporter.section(f"KV-cache sensitivity of {model}")
-        width, color = terminalreporter._tw.fullwidth, terminalreporter._tw.hasmarkup
-        for line in table(cells, width=width, color=color):
-            terminalreporter.write_line(line)
-    for line in summary.publish(measured, terminalreporter.config.stash[SESSION].settings.report):
-        terminalreporter.write_line(line)
 
 
 @pytest.hookimpl(optionalhook=True)

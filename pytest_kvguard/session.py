@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_kvguard.errors import InvalidArgument, UnknownName
@@ -107,6 +107,8 @@ class Session:
     ) -> Measurement:
         """Return a cell, running it and all its siblings that were asked for if need be."""
         from pytest_kvguard.harness.compare import Comparison
+        from pytest_kvguard.harness.records import Counts
+        from pytest_kvguard.policies import get_policy
 
         task = self.task(plan.task)
         done = self._measured.setdefault((id(loaded), *_group(plan)), {})
@@ -118,12 +120,23 @@ class Session:
         found = done[cell]
         base = found.baseline
         if found.given_up is not None:
+            policy = get_policy(cell.policy)
             record = not_run(
                 base,
-                cell.policy,
-                cell.ratio,
+                replace(
+                    base,
+                    policy=policy.name,
+                    params=dict(policy.params),
+                    ratio=cell.ratio,
+                    units=plan.units if policy.keeps_units else None,
+                    scores={},
+                    counts=Counts(prefills=base.counts.prefills),
+                ),
                 model=loaded.name,
+                spec=str(cell.policy),
                 max_drop=plan.max_drop,
+                level=Comparison.level,
+                skipped=self.settings.mode != "proved",
                 reason=found.given_up,
             )
             return Measurement(None, record, found.given_up)
@@ -139,8 +152,6 @@ class Session:
         names: list[CellName],
         progress: Announce,
     ) -> dict[CellName, "Measured"]:
-        from dataclasses import replace
-
         from pytest_kvguard.engine import grid
         from pytest_kvguard.harness.measure import Bench
         from pytest_kvguard.policies import get_policy

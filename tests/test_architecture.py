@@ -36,7 +36,7 @@ OURS = {
         "progress", "repetition", "engine", "models", "policies", "tasks", "tokenizer_check",
         "errors",
     },
-    "report": {"progress", "harness.compare", "harness.records", "specs", "errors"},
+    "report": {"progress", "harness.compare", "harness.records"},
     "states": {"policies"},
     "laws": {"states", "policies", "errors"},
     "options": {"values", "specs", "errors"},

@@ -25,7 +25,7 @@ NAME = "kvguard"
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
-CHANGES_ATTENTION = ("position_bias", "head_mask", "indices")
+CHANGES_ATTENTION = ("position_bias", "head_mask", "indices", "block_indices", "sinks")
 """Arguments that some models pass to attention and that ours would have to honour."""
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense")

@@ -81,7 +81,7 @@ class Comparison:
     def dp(self) -> float:
         """Relative change of the mean score; -0.25 is a quarter lost.
 
-        Raises Refused where there is a refusal, so that no assertion on it can hold.
+        Raises Refused where there is a refusal or it is undefined: no assertion on it can hold.
         """
         self._must_be_comparable()
         assert self.observed is not None  # what leaves it undefined is refused
@@ -100,9 +100,17 @@ class Comparison:
     def interval(self) -> stats.Interval:
         """Lowest and highest dP that agree with the scores, at ``level``.
 
-        Raises Refused where there is a refusal.
+        Raises Refused where there is a refusal or dP is undefined.
         """
         self._must_be_comparable()
+        assert self.observed_interval is not None  # what leaves it undefined is refused
+        return self.observed_interval
+
+    @cached_property
+    def observed_interval(self) -> stats.Interval | None:
+        """The interval of a report: None where there is a refusal or dP is undefined."""
+        if self.refusal or self.observed is None:
+            return None
         low, high = stats.interval(self._base, self._kept, level=self.level)
         return (low, high) if self.base.higher_is_better else (-high, -low)
 

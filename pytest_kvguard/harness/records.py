@@ -63,7 +63,8 @@ class Fidelity:
 class Run:
     """All samples of one cell, or of the baseline.
 
-    Raises InvalidArgument for a score outside [0, 1] or a keep ratio outside (0, 1].
+    Raises InvalidArgument for a score outside [0, 1], a keep ratio outside (0, 1] or a chance
+    outside [0, 1).
     """
 
     task: str
@@ -94,6 +95,10 @@ class Run:
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
             raise InvalidArgument(f"{self.label}: keep ratio must be in (0, 1], got {self.ratio!r}")
+        if not 0 <= self.chance < 1:
+            raise InvalidArgument(
+                f"{self.label}: what guessing scores must be in [0, 1), got {self.chance!r}"
+            )
         for sample, score in self.scores.items():
             if not 0 <= score <= 1:  # nan fails too
                 raise InvalidArgument(

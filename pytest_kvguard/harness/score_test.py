@@ -11,6 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+NOTHING = 1e-9
+"""Samples right, of which fewer are none: only fractions of marks are so small."""
+
 
 class Table(NamedTuple):
     """Samples right in both runs, at baseline only, compressed only.
@@ -67,11 +70,13 @@ def null_variance(table: Table, theta: float) -> float:
 def ratio_limits(table: Table, z: float) -> tuple[float, float]:
     """Return the lowest and highest theta whose score statistic is within -z and z.
 
-    Needs ``right`` > 0, but neither discordant pairs nor a least number of samples.
+    Needs neither discordant pairs nor a least number of samples; (0, inf) where nothing is right.
     """
-    observed = table.still / table.right
-    if observed == 0:
+    if table.right < NOTHING:
+        return 0.0, math.inf
+    if table.still < NOTHING:
         return 0.0, z * z / table.right
+    observed = table.still / table.right
 
     def statistic(theta: float) -> float:
         error = math.sqrt(null_variance(table, theta))

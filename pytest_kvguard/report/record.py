@@ -1,22 +1,14 @@
 """One cell as JSON: what other tools, other processes and the tables read. See docs/report.md."""
 
 import dataclasses
-import json
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypedDict
-
-from pytest_kvguard.errors import InvalidArgument
-from pytest_kvguard.specs import Spec
 
 if TYPE_CHECKING:
     from pytest_kvguard.harness.compare import Comparison
     from pytest_kvguard.harness.records import Run
-
-SCHEMA = 1
-"""Goes up when a field changes its meaning or goes away, not when one is added."""
 
 
 class Cell(TypedDict):
@@ -61,7 +53,6 @@ def to_cell(comparison: "Comparison", *, model: str = "", spec: str | None = Non
     model: what was tested; spec: the policy as it was asked for, its name when None.
     """
     c, kept = comparison, comparison.kept
-    low, high = (None, None) if c.refusal else c.interval
     cell = Cell(
         model=model,
         ability=kept.ability,
@@ -76,7 +67,7 @@ def to_cell(comparison: "Comparison", *, model: str = "", spec: str | None = Non
         base=c.base.mean,
         kept=kept.mean,
         dp=c.observed,
-        interval=[low, high],
+        interval=list(c.observed_interval or (None, None)),
         level=c.level,
         broke=list(c.broke),
         mended=list(c.mended),
@@ -86,7 +77,7 @@ def to_cell(comparison: "Comparison", *, model: str = "", spec: str | None = Non
         bytes_full=kept.bytes_full,
         bytes_held=kept.bytes_held,
         verdict=c.verdict,
-        skipped=c.weakness is not None,
+        skipped=c.weakness is not None and c.mode != "proved",
         reason=c.reason,
         max_drop=c.max_drop,
         samples_needed=c.samples_needed,
@@ -95,30 +86,41 @@ def to_cell(comparison: "Comparison", *, model: str = "", spec: str | None = Non
         counts=dataclasses.asdict(kept.counts),
         seconds=kept.seconds,
     )
-    finite: Cell = _finite(cell)
-    return finite
+    return _as_json(cell)
 
 
 def not_run(
-    base: "Run", spec: Spec, ratio: float, *, model: str, max_drop: float, reason: str
+    base: "Run",
+    kept: "Run",
+    *,
+    model: str,
+    spec: str,
+    max_drop: float,
+    level: float,
+    skipped: bool,
+    reason: str,
 ) -> Cell:
-    """Return a cell that was given up before it ran, for the reason that is given."""
+    """Return a cell that was given up before it ran, for the reason that is given.
+
+    base: what was measured of the baseline until then; kept: the run that was to be, without
+    scores; skipped: whether its test is skipped rather than failed for that.
+    """
     cell = Cell(
         model=model,
         ability=base.ability,
         task=base.task,
-        policy=spec.names,
-        spec=str(spec),
-        params=dict(spec.params),
-        ratio=ratio,
+        policy=kept.policy,
+        spec=spec,
+        params=dict(kept.params),
+        ratio=kept.ratio,
         protocol=base.protocol,
-        units=None,
+        units=kept.units,
         n=len(base.scores),
         base=base.mean,
         kept=None,
         dp=None,
         interval=[None, None],
-        level=0.90,
+        level=level,
         broke=[],
         mended=[],
         saves=None,
@@ -127,51 +129,35 @@ def not_run(
         bytes_full=base.bytes_full,
         bytes_held=0,
         verdict="refused",
-        skipped=True,
+        skipped=skipped,
         reason=reason,
         max_drop=max_drop,
         samples_needed=None,
         fidelity=None,
         endings=base.endings if base.answers else None,
-        counts=dataclasses.asdict(base.counts),
+        counts=dataclasses.asdict(kept.counts),
         seconds=0.0,
     )
-    finite: Cell = _finite(cell)
-    return finite
+    return _as_json(cell)
 
 
-def write_report(
-    path: Path, model: str, versions: Mapping[str, str], cells: Iterable[Cell]
-) -> None:
-    """Write all cells of a session as one JSON file, whole or not at all.
-
-    Raises InvalidArgument where the folder does not exist.
-    """
-    if not path.parent.is_dir():
-        raise InvalidArgument(
-            f"cannot write the report {path}: there is no folder {path.parent}; make it first"
-        )
-    document = {
-        "schema": SCHEMA,
-        "model": model,
-        "versions": dict(versions),
-        "cells": list(cells),
-    }
-    text = json.dumps(_finite(document), indent=1, allow_nan=False, default=str)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(text + "\n", encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+def _as_json(cell: Cell) -> Cell:
+    plain: Cell = as_json(cell)
+    return plain
 
 
-def _finite(value: Any) -> Any:
-    """Return the value with None for every number that JSON has no word for."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+def as_json(value: Any) -> Any:
+    """Return the value as JSON has it: None for numbers without a word, else text for the rest."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_finite(inner) for inner in value]
-    return value
+        return {str(key): as_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(inner) for inner in value]
+    if isinstance(value, set | frozenset):
+        return [as_json(inner) for inner in sorted(value, key=str)]
+    return str(value)

@@ -14,10 +14,10 @@ ORDER = ("pass", "inconclusive", "skipped", "refused", "fail")
 
 
 def row(cell: Cell) -> tuple[str, ...]:
-    """Return the cell as one string for each column of HEADER."""
-    low, high = cell["interval"]
+    """Return the cell as one string for each column of HEADER; empty for what was not measured."""
+    task = one_line(cell["task"])
     return (
-        cell["task"] if cell["protocol"] == "prompt" else f"{cell['task']} ({cell['protocol']})",
+        task if cell["protocol"] == "prompt" else f"{task} ({cell['protocol']})",
         _policy(cell),
         f"{cell['ratio']:g}",
         _held(cell),
@@ -25,9 +25,20 @@ def row(cell: Cell) -> tuple[str, ...]:
         _mark(cell["base"]),
         _mark(cell["kept"]),
         _percent(cell["dp"]),
-        "" if low is None else f"[{_percent(low)}, {_percent(math.inf if high is None else high)}]",
-        f"{len(cell['broke'])}/{len(cell['mended'])}",
+        _interval(*cell["interval"]),
+        "" if cell["kept"] is None else f"{len(cell['broke'])}/{len(cell['mended'])}",
         shown(end(cell)),
+    )
+
+
+def one_line(text: str) -> str:
+    """Return text from elsewhere as one line of what can be printed.
+
+    White space becomes one space; what cannot be printed is escaped as in a Python string.
+    """
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in " ".join(text.split())
     )
 
 
@@ -57,25 +68,22 @@ def reasons(cells: Sequence[Cell]) -> Iterator[str]:
                 names = alike.setdefault((cell["task"], cell["reason"]), [])
                 names.append(f"{_policy(cell)}@{cell['ratio']:g}")
         for (task, reason), names in alike.items():
-            yield f"{task} {', '.join(names)}: {shown(verdict)}: {reason}"
+            yield one_line(f"{task} {', '.join(names)}: {shown(verdict)}: {reason}")
 
 
 def legend(cells: Sequence[Cell]) -> str:
     """Explain the columns, with the limit and the level where all cells have the same."""
-    limits = {f" (limit {-cell['max_drop']:+z.1%})" for cell in cells}
-    levels = {f"{cell['level']:.0%}, " for cell in cells}
+    limits = {cell["max_drop"] for cell in cells}
+    limit = f" (limit {-limits.pop():+z.1%})" if len(limits) == 1 else ""
+    levels = {cell["level"] for cell in cells}
+    level = f"{100 * levels.pop():g}%, " if len(levels) == 1 else ""
     saved = {cell["saves"] for cell in cells}
     return (
-        f"dP: relative change of the mean score{_only(limits)}, worse is negative; "
-        f"interval: where the true dP lies ({_only(levels)}paired by sample); "
+        f"dP: relative change of the mean score{limit}, worse is negative; "
+        f"interval: where the true dP lies ({level}paired by sample); "
         f"held: share of the prompt left in the cache{', or of its bytes' * ('bytes' in saved)}"
         f"{', or of it what a step reads' * ('reads' in saved)}; -/+: samples that broke/mended"
     )
-
-
-def _only(texts: set[str]) -> str:
-    """Return the one text, or nothing where they differ."""
-    return texts.pop() if len(texts) == 1 else ""
 
 
 def _with(verdict: str, cells: Sequence[Cell]) -> list[Cell]:
@@ -93,7 +101,7 @@ def _held(cell: Cell) -> str:
     """Return the share that was kept of what the policy saves."""
     if cell["saves"] == "bytes":
         full = cell["bytes_full"]  # 0: not one sample came to an end
-        return f"{cell['bytes_held'] / full:.0%} of bytes" if full else "?"
+        return f"{cell['bytes_held'] / full:.0%} bytes" if full else "?"
     if cell["saves"] == "reads" and cell["read"] is not None:
         return f"{cell['read']:.0%} read"
     return f"{cell['held']['mean']:.0%}" if cell["held"] else "?"
@@ -101,11 +109,20 @@ def _held(cell: Cell) -> str:
 
 def _policy(cell: Cell) -> str:
     """Name the policy, and the units it keeps whole where they are not those of the task."""
-    return cell["spec"] if cell["units"] in (None, "shots") else f"{cell['spec']} ({cell['units']})"
+    spec = one_line(cell["spec"])
+    return spec if cell["units"] in (None, "shots") else f"{spec} ({cell['units']})"
 
 
 def _mark(mean: float | None) -> str:
     return "" if mean is None else f"{mean:.3f}"
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    """Return both ends; None is an end without a bound, two of them are no interval."""
+    if low is None and high is None:
+        return ""
+    ends = (-math.inf if low is None else low, math.inf if high is None else high)
+    return f"[{', '.join(map(_percent, ends))}]"
 
 
 def _percent(change: float | None) -> str:

@@ -120,6 +120,24 @@ def test_a_drop_of_exactly_the_limit_is_within_it():
     assert (c.dp, c.verdict, c.holds) == (-0.1, "inconclusive", True)
 
 
+@pytest.mark.parametrize(("right", "holds"), [(901, True), (900, True), (899, False), (890, False)])
+def test_the_gate_lets_through_not_one_sample_more_than_the_limit(right, holds):
+    c = compare(base(1000, 1000), kept(right, 1000), max_drop=0.1)
+    assert (c.verdict, c.holds) == ("inconclusive", holds)
+
+
+def test_a_verdict_changes_where_the_limit_meets_the_end_of_the_interval():
+    c = compare(after=kept(20))
+    worst, best = (-end for end in c.interval)
+    for limit, verdict in (
+        (math.nextafter(worst, 1), "pass"),
+        (worst, "inconclusive"),
+        (best, "inconclusive"),
+        (math.nextafter(best, 0), "fail"),
+    ):
+        assert dataclasses.replace(c, max_drop=limit).verdict == verdict
+
+
 REFUSED = {
     "nothing was evicted": (None, kept(held=Held(1, 1, 1), ratio=1.0, bytes_held=80)),
     "scores 0 on all 50 samples.*1 - score": (
@@ -164,6 +182,18 @@ def test_storing_the_same_positions_smaller_is_not_nothing():
     assert compare(after=kept(held=Held(1, 1, 1), ratio=1.0, bytes_held=40)).holds
 
 
+@pytest.mark.parametrize("saves", ["positions", "bytes", "reads"])
+@pytest.mark.parametrize(("share", "allowed"), [(0.25, True), (0.2501, False)])
+def test_a_budget_is_a_budget_to_the_last_token(saves, share, allowed):
+    whole = base(bytes_full=10_000, bytes_held=10_000)
+    sizes = {"bytes_full": 10_000, "bytes_held": round(10_000 * share)}
+    run = kept(saves=saves, held=Held(0.2, share, 0.3), read=share, **sizes)
+    refusal = compare(whole, run).refusal
+    assert refusal is None if allowed else "25.01%" in refusal
+    if saves == "bytes" and not allowed:
+        assert "ask for a ratio of 0.251 or" in refusal  # which would do
+
+
 def test_a_held_fraction_of_the_ratio_itself_is_not_too_much():
     third = math.nextafter(1 / 3, 1)
     assert compare(after=kept(held=Held(0.3, third, 0.4), ratio=1 / 3)).holds
@@ -193,6 +223,12 @@ def test_a_limit_that_guessing_would_pass_is_a_weakness():
     assert "guessing scores 0.250" in c.weakness
     assert not c.holds
     assert compare(base(40, 100, chance=0.25), kept(26, 100), max_drop=0.3).weakness is None
+
+
+def test_a_limit_that_ends_where_guessing_does_is_a_weakness_too():
+    weak = compare(base(50, 100, chance=0.25), kept(50, 100), max_drop=0.5)
+    assert "guessing scores 0.250" in weak.weakness
+    assert dataclasses.replace(weak, max_drop=0.49).weakness is None
 
 
 def test_answers_that_hang_on_rounding_are_told():
@@ -225,6 +261,12 @@ def test_a_drop_at_the_limit_promises_no_number_of_samples():
 
 def test_a_pass_has_nothing_to_explain():
     assert compare().reason == ""
+
+
+def test_as_good_as_the_full_cache_is_not_suspicious():
+    c = compare(base(1000, 1000), kept(1000, 1000))
+    assert -0.003 < c.interval[0] < 0
+    assert c.reason == ""
 
 
 def test_better_than_the_full_cache_is_suspicious():
@@ -298,6 +340,14 @@ def test_a_level_is_a_fraction():
 def test_an_unknown_mode_is_not_taken():
     with pytest.raises(InvalidArgument, match=r"one of .*'gate', 'proved', .* got 'strict'"):
         compare(mode="strict")
+
+
+@pytest.mark.parametrize("chance", [-0.1, 1.0, math.nan])
+def test_a_run_takes_no_chance_that_leaves_nothing_to_score(chance):
+    with pytest.raises(
+        InvalidArgument, match=rf"guessing scores must be in \[0, 1\), got {chance}"
+    ):
+        base(chance=chance)
 
 
 @pytest.mark.parametrize("score", [-0.1, 1.1, math.nan])

@@ -212,6 +212,18 @@ def test_fieller_interval_of_a_baseline_like_zero_is_everything():
     assert fieller_interval([0.9], [0.9]) == (-1, math.inf)
 
 
+def test_fieller_interval_needs_no_more_than_two_samples():
+    low, high = fieller_interval([1.0, 1.0], [0.9, 0.8])
+    assert -1 < low < -0.15 < high < math.inf
+
+
+def test_an_interval_of_next_to_nothing_is_everything():
+    tiny = [1e-12, 0.0, 5e-324]
+    assert score_interval(tiny, tiny) == (-1, math.inf)
+    low, high = score_interval([1.0, 1.0, 0.0], tiny)
+    assert (low, high) == score_interval([1.0, 1.0, 0.0], [0.0] * 3)
+
+
 def test_fieller_interval_stops_at_a_total_loss():
     base, kept = np.full(12, 0.6), np.r_[np.full(11, 0.001), 0.3]
     assert fieller_interval(base, kept)[0] == -1
@@ -322,6 +334,7 @@ def test_a_baseline_at_chance_is_too_weak():
     tail = sum(math.comb(100, k) * 0.25**k * 0.75 ** (100 - k) for k in range(31, 101))
     assert tail > 0.05
     assert f"may be luck (p = {tail:.2f})" in too_weak(base, 0.25)
+    assert "may be luck (p = 0.07)" in too_weak(pairs(32, 0, 0, 68)[0], 0.25)
     assert too_weak(pairs(34, 0, 0, 66)[0], 0.25) is None  # p = 0.03
 
 

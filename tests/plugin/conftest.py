@@ -35,12 +35,12 @@ class Suite:
     pytester: pytest.Pytester
     model: Path
 
-    def __call__(self, *args: str) -> pytest.RunResult:
+    def __call__(self, *args: str, **how: Any) -> pytest.RunResult:
         """Run pytest in this process, with the policies and tasks this package ships."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(policies, "POLICIES", dict(policies.POLICIES))
             patch.setattr(tasks, "TASKS", dict(tasks.TASKS))
-            return self.pytester.runpytest_inprocess(f"--kv-model={self.model}", *args)
+            return self.pytester.runpytest_inprocess(f"--kv-model={self.model}", *args, **how)
 
     def cells(self, *args: str) -> list[dict[str, Any]]:
         """Run pytest and return the cells of the report file."""

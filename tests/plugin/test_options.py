@@ -13,6 +13,7 @@ MARKED = """
         assert kv_result.holds
 """
 NAMES = ["--collect-only", "-q"]
+LONG = "a" * 300
 
 
 def items(result: pytest.RunResult) -> list[str]:
@@ -166,8 +167,13 @@ def test_a_policy_put_together_is_measured_and_reported_as_it_was_typed(suite):
             "ocument, question, template, got 'sistem'; did you mean 'system'?",
         ),
         ("--kv-units=lines", "--kv-units: expected one of shots, sentences, paragraphs, turns, co"),
-        ("--kv-report=no/kv.json", "--kv-report: there is no folder 'no' to write 'kv.json' to"),
-        ("--kv-report=.", "--kv-report: '.' is a folder; name a file in it"),
+        ("--kv-report=", "--kv-report: expected a file, got ''"),
+        ("--kv-report=.", "--kv-report: expected a file, got '.'"),
+        ("--kv-report=../", "--kv-report: cannot write '../': it is a folder; name a file in a"),
+        ("--kv-report=/dev/null", "--kv-report: cannot write '/dev/null': it is no regular file;"),
+        ("--kv-report=recall.py/a/kv.json", "--kv-report: cannot write 'recall.py/a/kv.json': Not"),
+        (f"--kv-report={LONG}", f"--kv-report: cannot write '{LONG}': File name too long; name"),
+        ("--kv-report=/proc/kv.json", "--kv-report: cannot write '/proc/kv.json': "),
         ("--kv-model=", "--kv-model: expected the name of a model, got ''"),
         (
             "--kv-device=gpu",
@@ -231,6 +237,18 @@ def test_a_policy_put_together_is_measured_and_reported_as_it_was_typed(suite):
 def test_a_bad_value_ends_the_run_in_one_line(suite, given, expected):
     suite.pytester.makepyfile(MARKED)
     assert sentence(suite(given)).startswith(f"ERROR: {expected}")
+
+
+def test_a_limit_of_nothing_from_the_command_line_is_one(suite):
+    suite.pytester.makepyfile(MARKED)
+    (cell,) = suite.cells("--kv-max-drop=0", "--kv-limit=6")
+    assert cell["max_drop"] == 0
+
+
+def test_the_protocol_is_chosen_for_all(suite):
+    suite.pytester.makepyfile(MARKED)
+    (cell,) = suite.cells("--kv-protocol=context", "--kv-limit=6")
+    assert cell["protocol"] == "context"
 
 
 def test_a_bad_value_in_the_ini_file_is_said_to_be_there(suite):

@@ -1,7 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 
 from pytest_kvguard.progress import Progress
-from pytest_kvguard.report.progress import describe
+from pytest_kvguard.report.progress import describe, reporter
 
 SLOW = """
     from pytest_kvguard import kv_sensitivity
@@ -46,3 +48,19 @@ def test_the_rest_is_foretold_from_the_answers_so_far():
 def test_before_the_first_answer_nothing_is_foretold():
     said = describe(Progress(answers=0, of=600, cells=0, tokens=900), 3.0)
     assert said == "0 of 600 answers, 0 cells done, 300 tokens a second"
+
+
+def test_a_line_comes_when_ten_seconds_have_gone_by_since_the_last(monkeypatch):
+    clock, lines = [0.0], []
+    monkeypatch.setattr("pytest_kvguard.report.progress.monotonic", lambda: clock[0])
+    plugins = {"terminalreporter": SimpleNamespace(write_line=lines.append)}
+    hear = reporter(SimpleNamespace(pluginmanager=SimpleNamespace(get_plugin=plugins.get)))("work")
+    told = []
+    for clock[0] in (0.5, 9.9, 10.0, 10.5, 19.9, 20.0, 31.0):
+        before = len(lines)
+        hear(Progress(answers=1, of=3, cells=0, tokens=5))
+        told += [clock[0]] * (len(lines) - before)
+    assert told == [10.0, 20.0, 31.0]
+    clock[0] = 60.0
+    hear(Progress(answers=3, of=3, cells=1, tokens=9))  # what is done needs no line
+    assert len(lines) == 3

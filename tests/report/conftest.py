@@ -67,5 +67,10 @@ REFUSED = CELL | {
 
 
 @pytest.fixture
+def cell():
+    return CELL
+
+
+@pytest.fixture
 def cells():
     return [CELL, INCONCLUSIVE, REFUSED, FAILED]

@@ -1,3 +1,5 @@
+import pytest
+
 from pytest_kvguard.report.markdown import markdown
 
 
@@ -39,3 +41,37 @@ def test_text_cannot_break_the_table(cells):
 
 def test_no_cells_make_no_summary():
     assert markdown([], model="tiny") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a|b", r"a\|b"),
+        ("a\nb", "a b"),
+        ("`a`", r"\`a\`"),
+        ("<b>&lt;", r"\<b>\&lt;"),
+        ("~~a~~ $x$ #1", r"\~\~a\~\~ \$x\$ \#1"),
+        ("![a](b)", r"!\[a](b)"),
+        ("a\\", r"a\\"),
+        ("\x1b[2J\0", r"\\x1b\[2J\\x00"),
+    ],
+)
+def test_names_and_reasons_are_shown_as_they_are(cells, text, shown):
+    page = markdown([cells[3] | {"task": text, "spec": text, "reason": text}], model=text)
+    assert f"### KV-cache compression: {shown}\n" in page
+    assert f"| {shown} | {shown} | 0.25 |" in page
+    assert f"- {shown} {shown}@0.25: FAIL: {shown}\n" in page
+
+
+@pytest.mark.parametrize(
+    ("task", "shown"), [("- a", r"\- a"), ("+", r"\+"), ("> a", r"\> a"), ("12) a", r"12\) a")]
+)
+def test_a_reason_begins_no_list_of_its_own(cells, task, shown):
+    page = markdown([cells[3] | {"task": task}], model="tiny")
+    assert f"- {shown} streaming" in page
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_run_that_ended_early_is_told(cells, complete):
+    page = markdown(cells, model="tiny", complete=complete)
+    assert ("FAIL** The run ended early: cells may be missing.\n" in page) is not complete

@@ -1,18 +1,16 @@
 import json
 import math
-import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import pytest
+import numpy as np
 
-from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.harness.compare import Comparison
 from pytest_kvguard.harness.records import FULL, Answer, Counts, Fidelity, Held, Run
-from pytest_kvguard.report.record import Cell, to_cell, write_report
-
-DOCUMENTATION = Path(__file__).parents[2] / "docs" / "report.md"
+from pytest_kvguard.report.record import Cell, not_run, to_cell
+from tests.documents import documented_fields
 
 
 def run(policy, right, n=40, **more):
@@ -35,20 +33,8 @@ def compared(base=30, kept=29, n=40, **more):
     return Comparison(run(FULL, base, n), run("snapkv", kept, n, **KEPT | more), max_drop=0.1)
 
 
-def documented(heading):
-    section = (
-        DOCUMENTATION.read_text(encoding="utf-8").split(f"## {heading}\n")[1].split("\n## ")[0]
-    )
-    return re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
-
-
 def test_the_documentation_lists_exactly_the_fields_of_a_cell():
-    assert documented("A cell") == list(to_cell(compared())) == list(Cell.__annotations__)
-
-
-def test_the_documentation_lists_exactly_the_fields_of_the_document(tmp_path):
-    write_report(tmp_path / "kv.json", "tiny", {}, [])
-    assert documented("The document") == list(json.loads((tmp_path / "kv.json").read_text()))
+    assert documented_fields("A cell") == list(to_cell(compared())) == list(Cell.__annotations__)
 
 
 def test_a_cell_says_what_the_comparison_says():
@@ -113,48 +99,77 @@ def test_a_cell_without_samples_has_no_means():
     assert (cell["n"], cell["base"], cell["kept"]) == (0, None, None)
 
 
-def test_nothing_in_a_cell_or_a_report_is_beyond_json(tmp_path):
-    cell = to_cell(compared(fidelity=Fidelity(kl=math.inf, agreement=math.nan)))
+def test_nothing_in_a_cell_is_beyond_json():
+    params = {
+        "sinks": (4, math.inf),
+        "where": Path("a"),
+        "layers": {2, 1},
+        "share": np.float32(0.5),
+        "window": np.int64(8),
+        "flag": True,
+        3: None,
+    }
+    cell = to_cell(compared(fidelity=Fidelity(kl=math.inf, agreement=math.nan), params=params))
     assert cell["fidelity"] == {"kl": None, "agreement": None}
-    odd = cell | {"params": {"sinks": (4, math.inf), "where": Path("a")}}
-    write_report(tmp_path / "kv.json", "tiny", {}, [odd])
-    text = (tmp_path / "kv.json").read_text(encoding="utf-8")
-    (read,) = json.loads(text, parse_constant=pytest.fail)["cells"]
-    assert read["params"] == {"sinks": [4, None], "where": "a"}
-
-
-def test_a_report_reads_back_as_it_was_written(tmp_path, cells):
-    write_report(tmp_path / "kv.json", "tiny", {"torch": "2.13"}, iter(cells))
-    assert json.loads((tmp_path / "kv.json").read_text(encoding="utf-8")) == {
-        "schema": 1,
-        "model": "tiny",
-        "versions": {"torch": "2.13"},
-        "cells": cells,
+    assert json.loads(json.dumps(cell, allow_nan=False)) == cell
+    assert cell["params"] == {
+        "sinks": [4, None],
+        "where": "a",
+        "layers": [1, 2],
+        "share": 0.5,
+        "window": 8,
+        "flag": True,
+        "3": None,
     }
 
 
-def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, cells, monkeypatch):
-    path = tmp_path / "kv.json"
-    path.write_text("old")
-
-    def full(source, target):
-        raise OSError("no space left")
-
-    monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="no space left"):
-        write_report(path, "tiny", {}, cells)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
+def test_weakness_skips_a_cell_unless_a_proof_was_asked_for():
+    weak = compared(base=3, kept=3)
+    assert weak.weakness
+    assert to_cell(weak)["skipped"]
+    assert not to_cell(replace(weak, mode="proved"))["skipped"]
+    assert not to_cell(compared(held=None))["skipped"]  # a refusal is no weakness
 
 
-def test_a_report_for_a_missing_folder_is_refused_by_name(tmp_path):
-    with pytest.raises(InvalidArgument, match=r"there is no folder .*nowhere; make it first"):
-        write_report(tmp_path / "nowhere" / "kv.json", "tiny", {}, [])
+def test_a_cell_that_was_given_up_says_what_there_was_and_nothing_else():
+    base = run(FULL, 0, 20, bytes_full=800, counts=Counts(prefills=20, forwards=9, tokens=90))
+    kept = replace(
+        base,
+        policy="snapkv",
+        params={"window": 16},
+        ratio=0.25,
+        units="shots",
+        counts=Counts(prefills=20),
+    )
+    asked = {"model": "tiny", "spec": "snapkv(window=16)", "max_drop": 0.2, "level": 0.8}
+    cell = not_run(base, kept, **asked, skipped=True, reason="too weak")
+    told = asked | {
+        "task": "retrieval",
+        "policy": "snapkv",
+        "params": {"window": 16},
+        "ratio": 0.25,
+        "protocol": "prompt",
+        "units": "shots",
+        "n": 20,
+        "base": 0.0,
+        "bytes_full": 800,
+        "bytes_held": 0,
+        "verdict": "refused",
+        "skipped": True,
+        "reason": "too weak",
+        "counts": {"prefills": 20, "forwards": 0, "tokens": 0, "own_prefills": 0},
+        "seconds": 0.0,
+        "ability": "",
+    }
+    empty = {"broke": [], "mended": [], "interval": [None, None]}
+    unknown = ("kept", "dp", "saves", "held", "read", "samples_needed", "fidelity", "endings")
+    assert cell == told | empty | dict.fromkeys(unknown)
+    assert list(cell) == list(Cell.__annotations__)
 
 
 def test_reports_need_no_torch():
     code = (
-        "import sys, pytest_kvguard.report.table, pytest_kvguard.report.markdown, "
+        "import sys, pytest_kvguard.report.summary, "
         "pytest_kvguard.harness.compare; "
         "print({'torch', 'transformers', 'rich', 'scipy'} & set(sys.modules))"
     )

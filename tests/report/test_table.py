@@ -4,6 +4,8 @@ import pytest
 
 from pytest_kvguard.report.table import table
 
+CODES = re.compile(r"\x1b\[[0-9;]*m")
+
 
 def test_each_cell_is_a_row_with_its_numbers(cells):
     lines = table(cells)
@@ -21,8 +23,8 @@ def test_each_cell_is_a_row_with_its_numbers(cells):
 
 def test_a_storage_shows_its_bytes_where_there_are_any(cells):
     lines = table([cells[0] | {"saves": "bytes"}, cells[2] | {"saves": "bytes", "bytes_full": 0}])
-    assert "25% of bytes" in lines[2]
-    assert " 1            ? 50 " in lines[3]
+    assert "25% bytes" in lines[2]
+    assert " 1         ? 50 " in lines[3]
 
 
 def test_the_last_line_counts_the_verdicts(cells):
@@ -76,27 +78,113 @@ def test_the_legend_says_of_what_the_shares_are(cells, saves, words):
     assert words in " ".join(table([cells[0], cells[0] | {"saves": saves}]))
 
 
-def test_different_limits_are_not_called_one(cells):
-    text = " ".join(table([cells[0], cells[1] | {"max_drop": 0.05}]))
+@pytest.mark.parametrize("other", [0.05, 0.1001])
+def test_different_limits_are_not_called_one(cells, other):
+    text = " ".join(table([cells[0], cells[1] | {"max_drop": other}]))
     assert "limit" not in text
 
 
-@pytest.mark.parametrize("width", [100, 140])
-def test_lines_stay_within_the_width(cells, width):
-    assert max(map(len, table(cells, width=width))) <= width
+@pytest.mark.parametrize(("other", "said"), [(0.9, "(90%, paired"), (0.905, "(paired")])
+def test_different_levels_are_not_called_one(cells, other, said):
+    assert said in " ".join(table([cells[0], cells[1] | {"level": other}]))
 
 
-@pytest.mark.parametrize("width", [20, 60, 100, 140])
+def test_a_level_is_not_rounded(cells):
+    assert "(97.5%, paired" in " ".join(table([cells[0] | {"level": 0.975}]))
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 200])
+@pytest.mark.parametrize("color", [False, True], ids=["piped", "in colour"])
+def test_lines_stay_within_the_width(cells, monkeypatch, width, color):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    largest = {
+        "ratio": 0.125,
+        "n": 1000,
+        "dp": -1.0,
+        "interval": [-1.0, -0.998],
+        "broke": ["s"] * 1000,
+        "saves": "bytes",
+        "verdict": "inconclusive",
+        "spec": "shotkv+h2o@0.5|kivi(bits=4, group=32, residual=64)|whitelist(kinds='system')",
+        "reason": "long_words " * 60,
+    }
+    lines = [
+        CODES.sub("", line)
+        for line in table([*cells, cells[0] | largest], width=width, color=color)
+    ]
+    assert max(map(len, lines)) <= width
+
+
+@pytest.mark.parametrize("width", [20, 60, 80, 100, 120, 140, 200])
 def test_numbers_are_never_cut(cells, width):
     lines = table(cells, width=width)
-    row = r"^\S.* 0\.25  24% 50 0\.960 0\.400 -58\.3% \[-69\.3%, -46\.5%\] 28/0 FAIL$"
+    row = r"^.* 0\.25  24% 50 0\.960 0\.400 -58\.3% \[-69\.3%, -46\.5%\] 28/0 FAIL$"
     assert sum(bool(re.match(row, line)) for line in lines) == 1
 
 
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+@pytest.mark.parametrize("color", [False, True], ids=["piped", "in colour"])
+def test_the_name_of_an_ability_has_a_line_of_its_own(cells, width, color):
+    groups = [cells[0] | {"ability": "world knowledge", "task": "q"}, *cells]
+    lines = [CODES.sub("", line) for line in table(groups, width=width, color=color)]
+    assert lines.count("WORLD KNOWLEDGE") == lines.count("RETRIEVAL") == 1
+
+
+def test_where_a_row_does_not_fit_its_names_stand_above_its_numbers(cell):
+    halved = cell | {"ratio": 0.5, "saves": "bytes", "verdict": "inconclusive"}
+    other = cell | {"ability": "long generation"}
+    named = cell | {"task": "world_knowledge", "spec": "snapkv(window=16, kernel=5)"}
+    lines = table([cell, halved, other, named], width=80)
+    assert lines[: lines.index("")] == [
+        "task  policy",
+        "  ratio      held  n  base  kept    dP       interval -/+ verdict",
+        "RETRIEVAL",
+        "retrieval  snapkv",
+        "   0.25       24% 50 0.960 0.940 -2.1% [-8.8%, +3.6%] 1/0 pass",
+        "    0.5 25% bytes 50 0.960 0.940 -2.1% [-8.8%, +3.6%] 1/0 inconclusive",
+        "world_knowledge  snapkv(window=16, kernel=5)",
+        "   0.25       24% 50 0.960 0.940 -2.1% [-8.8%, +3.6%] 1/0 pass",
+        "LONG GENERATION",
+        "retrieval  snapkv",
+        "   0.25       24% 50 0.960 0.940 -2.1% [-8.8%, +3.6%] 1/0 pass",
+    ]
+
+
+def test_where_rows_fit_the_names_have_columns(cell):
+    lines = table([cell, cell | {"task": "facts"}], width=80)
+    assert lines[: lines.index("")] == [
+        "task      policy ratio held  n  base  kept    dP       interval -/+ verdict",
+        "RETRIEVAL",
+        "retrieval snapkv  0.25  24% 50 0.960 0.940 -2.1% [-8.8%, +3.6%] 1/0 pass",
+        "facts     snapkv  0.25  24% 50 0.960 0.940 -2.1% [-8.8%, +3.6%] 1/0 pass",
+    ]
+
+
 def test_a_long_name_is_folded_not_cut(cells):
-    lines = table(cells[1:2], width=60)
+    lines = table(cells[1:2], width=100)
     folded = [line[:15].strip() for line in lines[2 : lines.index("")]]
     assert " ".join(folded).startswith("world_knowledge (context)")
+
+
+def test_the_longer_name_gives_way(cell):
+    long = cell | {"task": "t" * 40}
+    lines = table([long], width=100)
+    assert "snapkv" in lines[2]
+    lines = table([long | {"task": "facts", "spec": "p" * 40}], width=100)
+    assert "facts" in lines[2]
+
+
+def test_names_of_wide_letters_keep_the_columns(cell):
+    lines = table([cell, cell | {"task": "検索"}], width=100)
+    assert lines[2].index("snapkv") == lines[3].index("snapkv") + 2  # two columns each
+
+
+def test_what_cannot_be_printed_is_shown_escaped_and_on_one_line(cell):
+    odd = {"task": "a\nb\x1b[2J", "spec": "p\u202eq", "ability": "x\ty", "reason": "no\r\nroom\0"}
+    lines = table([cell | odd], width=140)
+    assert lines[1] == "X Y"
+    assert lines[2].startswith("a b\\x1b[2J p\\u202eq  0.25")
+    assert "a b\\x1b[2J p\\u202eq@0.25: pass: no room\\x00" in lines
 
 
 def test_square_brackets_in_a_name_are_shown(cells):
@@ -107,8 +195,18 @@ def test_the_protocol_is_shown_where_it_is_not_the_whole_prompt(cells):
     assert "world_knowledge (context) " in "\n".join(table(cells, width=140))
 
 
-def test_an_unbounded_interval_is_shown_as_such(cells):
-    assert "[-100.0%, +inf%]" in "\n".join(table([cells[0] | {"interval": [-1.0, None]}]))
+@pytest.mark.parametrize(
+    ("interval", "shown"),
+    [([-1.0, None], "[-100.0%, +inf%]"), ([None, 1.0], "[-inf%, +100.0%]")],
+)
+def test_an_unbounded_interval_is_shown_as_such(cells, interval, shown):
+    assert shown in "\n".join(table([cells[0] | {"interval": interval}]))
+
+
+def test_a_cell_that_was_not_run_shows_no_numbers_of_it(cells):
+    blank = {"kept": None, "dp": None, "interval": [None, None], "held": None, "broke": []}
+    lines = table([cells[0] | blank | {"verdict": "refused", "skipped": True}])
+    assert lines[2].split() == ["retrieval", "snapkv", "0.25", "?", "50", "0.960", "skipped"]
 
 
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
