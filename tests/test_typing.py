@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-USER = '''
+USER = """
 from pytest_kvguard import Comparison, Policy, check_policy, get_policy, kv_sensitivity
 
 
@@ -21,7 +21,7 @@ def test_facts_survive(kv_result: Comparison) -> None:
 def test_it_obeys_the_laws() -> None:
     policy: Policy = get_policy("snapkv(window=16)")
     check_policy(policy, max_examples=20)
-'''
+"""
 
 
 @pytest.fixture(scope="module")
