@@ -205,11 +205,16 @@ def kvguard(request: pytest.FixtureRequest, kv_model: "Loaded") -> "Callable[...
     """
 
     def compare(task: Any, *, policy: str, ratio: float, **asked: Any) -> "Comparison":
+        __tracebackhide__ = True
         mark = marker.kv_sensitivity(task, policies=policy, ratios=ratio, **asked).mark
         session = request.config.stash[SESSION]
-        _register(request.config)
-        plan = marker.plan(mark, session.settings)
-        cell = CellName(marker.parse_policy(policy), values.keep_ratio(str(ratio)))
+        try:
+            _register(request.config)
+            plan = marker.plan(mark, session.settings)
+            session.check(plan)
+            cell = CellName(marker.parse_policy(policy), values.keep_ratio(str(ratio)))
+        except KVGuardError as problem:  # the caller's line is what matters
+            raise problem.with_traceback(None) from None
         return _measure(request, kv_model, plan, cell)
 
     return compare
@@ -229,9 +234,13 @@ def kv_cache(
     from pytest_kvguard.policies import get_policy
 
     def cache(given: Any, *, policy: str, ratio: float, **asked: Any) -> "CompressedCache":
-        _register(request.config)
-        keep = values.keep_ratio(str(ratio))
-        return compress(kv_model, given, get_policy(policy), keep, **asked)
+        __tracebackhide__ = True
+        try:
+            _register(request.config)
+            keep = values.keep_ratio(str(ratio))
+            return compress(kv_model, given, get_policy(policy), keep, **asked)
+        except KVGuardError as problem:  # the caller's line is what matters
+            raise problem.with_traceback(None) from None
 
     return cache
 

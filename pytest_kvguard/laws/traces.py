@@ -2,8 +2,8 @@
 
 import pickle
 import random
-from collections.abc import Callable
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import Field, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ State = TypeVar("State", LayerState, DecodeState)
 def copied(state: State) -> State:
     """Return a state with tensors of its own; what else it has cannot be changed."""
     own: dict[str, Any] = {}
-    for field in fields(state):
+    for field in _given(state):
         value = getattr(state, field.name)
         own[field.name] = value.clone() if isinstance(value, Tensor) else value
     return replace(state, **own)
@@ -26,11 +26,16 @@ def copied(state: State) -> State:
 
 def changed(before: State, now: State) -> str:
     """Say which field of a state is no longer what it was; "" if all are."""
-    for field in fields(before):
+    for field in _given(before):
         old, new = getattr(before, field.name), getattr(now, field.name)
         if not (torch.equal(old, new) if isinstance(old, Tensor) else old == new):
             return f"changed the {field.name}"
     return ""
+
+
+def _given(state: State) -> Iterator[Field[Any]]:
+    """Yield the fields a state is made with, not what it remembers."""
+    return (field for field in fields(state) if field.init)
 
 
 def draws(call: Callable[[], object]) -> str:

@@ -121,20 +121,18 @@ class DecodeState:
     ratio: Tensor  # (R,) keep ratio while decoding, float64
     protected: Tensor | None = None  # (R, Hkv, C) bool, held ones that never go; None: no such
     limit: int | None = None  # every position is below this; None: not known
+    # Not a cached_property, whose lock torch.compile refuses (Python 3.11).
+    _seen: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @cached_property
+    @property
     def held(self) -> Tensor:
         """Whether each slot holds a token, (R, Hkv, C) bool."""
-        return self.positions != EMPTY
+        return self.once(_held)
 
-    @cached_property
+    @property
     def generated(self) -> Tensor:
         """Whether each slot holds a generated token, (R, Hkv, C) bool."""
-        return self.positions >= self.prompt_length[:, None, None]
-
-    @cached_property
-    def _seen(self) -> dict[Any, Any]:
-        return {}
+        return self.once(_generated)
 
     def once(self, look: Callable[["DecodeState"], Seen]) -> Seen:
         """Return ``look(self)``, computed the first time only; see `LayerState.once`."""
@@ -142,6 +140,14 @@ class DecodeState:
             self._seen[look] = look(self)
         seen: Seen = self._seen[look]
         return seen
+
+
+def _held(state: DecodeState) -> Tensor:
+    return state.positions != EMPTY
+
+
+def _generated(state: DecodeState) -> Tensor:
+    return state.positions >= state.prompt_length[:, None, None]
 
 
 @dataclass(frozen=True)

@@ -213,8 +213,11 @@ def test_the_marker_is_known_to_strict_runs_and_shown(suite):
         ),
     ],
 )
-def test_kvguard_names_what_it_cannot_use_in_one_line(suite, asked, expected):
+def test_kvguard_names_what_it_cannot_use_and_shows_only_the_callers_line(suite, asked, expected):
     suite.pytester.makepyfile(f"def test_it(kvguard): kvguard('recall', {asked})")
     result = suite()
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["*_ test_it _*", expected, "*short test summary*"])
+    result.stdout.fnmatch_lines(
+        [">   def test_it(kvguard): *", f"E   pytest_kvguard.errors.{expected}", "*:1: *"]
+    )
+    assert "plugin.py" not in result.stdout.str()
