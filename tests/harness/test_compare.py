@@ -146,6 +146,7 @@ REFUSED = {
     ),
     "no sample was run": (base(0, 0), kept(0, 0)),
     "not answer the same samples: s47, s48, s49$": (base(40, 47), kept(40)),
+    "same samples: s46, s47, s48 and 1 more$": (base(40, 46), kept(40)),
     "same samples: s03, s04, s05 and 44 more": (base(2), kept(2, 3)),
     "protocol is 'prompt', the compressed run's 'context'": (None, kept(protocol="context")),
     "task is 'retrieval', the compressed run's 'coding'": (None, kept(task="coding")),
@@ -353,7 +354,7 @@ def test_a_run_takes_no_ratio_outside_its_range(ratio):
 
 
 def test_counts_add_up():
-    assert Counts(1, 2, 3) + Counts(10, 20, 30) == Counts(11, 22, 33)
+    assert Counts(1, 2, 3, 4) + Counts(10, 20, 30, 40) == Counts(11, 22, 33, 44)
     assert sum([Counts(1, 2, 3)] * 2, Counts()) == Counts(2, 4, 6)
 
 
