@@ -94,6 +94,11 @@ def test_a_refused_cell_shows_what_was_observed_but_proves_nothing():
     assert "was not measured" in cell["reason"]
 
 
+def test_samples_are_counted_in_the_baseline():
+    c = Comparison(run(FULL, 30), run("snapkv", 20, 25, **KEPT), max_drop=0.1)
+    assert to_cell(c)["n"] == 40
+
+
 def test_a_cell_without_samples_has_no_means():
     cell = to_cell(compared(0, 0, n=0))
     assert (cell["n"], cell["base"], cell["kept"]) == (0, None, None)

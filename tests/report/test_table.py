@@ -240,6 +240,19 @@ def test_a_task_beyond_the_model_is_counted_as_skipped_not_as_refused(cells):
     assert any(line.startswith("retrieval snapkv@0.25: skipped: too weak") for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ([], "1 skipped: nothing was proved"),
+        ([{"verdict": "refused"}], "1 skipped, 1 refused: nothing was proved"),
+        ([{"verdict": "inconclusive"}], "1 inconclusive, 1 skipped"),
+    ],
+)
+def test_a_run_that_proved_nothing_says_so(cells, others, said):
+    beyond = cells[0] | {"verdict": "refused", "skipped": True}
+    assert table([beyond, *(cells[0] | other for other in others)])[-1] == said
+
+
 def test_tasks_of_an_ability_stand_together_under_its_name(cells):
     mixed = [cells[0], cells[0] | {"ability": "reasoning", "task": "sums"}, cells[0]]
     first_words = [line.split()[0] for line in table(mixed)[1:6]]
