@@ -45,6 +45,11 @@ def test_runs_that_prove_nothing_are_refused_and_never_hold(reason, runs, mode):
     assert f": refused: {c.reason}>" in repr(c)
 
 
+def test_a_sample_that_was_not_answered_neither_broke_nor_mended():
+    assert compare(after=kept(47, 40)).broke == ()
+    assert compare(base(40, 40), kept(40, 50)).mended == ()
+
+
 def test_evicting_only_while_decoding_is_not_nothing():
     assert compare(after=kept(held=Held(1, 1, 1), ratio=1.0, bytes_held=80, evicted=True)).holds
 

@@ -52,13 +52,17 @@ def test_cells_of_two_tests_with_the_same_task_are_run_together(suite):
     suite().assert_outcomes(passed=3)
 
 
-@pytest.mark.parametrize("options", [(), ("--kv-limit=20",)], ids=["marker", "command line"])
-def test_a_limit_takes_the_first_samples_and_no_others(suite, options):
+@pytest.mark.parametrize(
+    ("marked", "options"),
+    [(", limit=20", ()), (", limit=7", ("--kv-limit=20",)), ("", ("--kv-limit=20",))],
+    ids=["marker", "both", "command line"],
+)
+def test_a_limit_takes_the_first_samples_and_no_others(suite, marked, options):
     suite.pytester.makepyfile(
         f"""
         from pytest_kvguard import kv_sensitivity
 
-        @kv_sensitivity("recall", limit={7 if options else 20})
+        @kv_sensitivity("recall"{marked})
         def test_first(kv_result):
             first = [f"q{{i}}" for i in range(20)]
             assert list(kv_result.base.scores) == list(kv_result.kept.scores) == first
