@@ -15,7 +15,6 @@ from pytest_kvguard.policies.quest import quest
 from pytest_kvguard.policies.selectors import top_tokens
 from pytest_kvguard.policies.shotkv import shotkv
 from pytest_kvguard.policies.snapkv import snapkv
-from pytest_kvguard.storage.kivi import kivi
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "policies.md").read_text(encoding="utf-8")
@@ -60,4 +59,4 @@ def test_the_words_of_the_table_are_those_of_the_papers(write):
     assert write["_while_decoding"](shotkv()) == "generated"
     assert write["_while_decoding"](h2o()) == "any"
     assert write["_costs"](h2o()) == "sums, step by step"
-    assert write["_modifier"]("kivi", kivi())[2:] == ("how it is stored", "yes")
+    assert write["_modifier"]("kivi", MODIFIERS["kivi"]())[2:] == ("how it is stored", "yes")

@@ -11,7 +11,7 @@ from pytest_kvguard.harness.measure import Bench, Measured
 from pytest_kvguard.harness.records import FULL, Held, Run
 from pytest_kvguard.marker import Plan
 from pytest_kvguard.options import Settings
-from pytest_kvguard.progress import nobody
+from pytest_kvguard.progress import no_progress
 from pytest_kvguard.session import CellName, Session
 from pytest_kvguard.specs import parse
 from pytest_kvguard.tasks.base import Task
@@ -73,7 +73,7 @@ def asked(monkeypatch):
 
 
 def ask(session: Session, loaded, plan: Plan, cell: CellName):
-    return session.measure(loaded, plan, cell, lambda title: nobody)
+    return session.measure(loaded, plan, cell, lambda title: no_progress)
 
 
 def test_cells_that_were_asked_for_are_run_together_each_once(asked):
@@ -151,5 +151,5 @@ def test_workers_share_the_cores(monkeypatch, workers, threads):
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setattr(models, "load", lambda *named, **how: (named, how))
     loaded = Session(SETTINGS).load()
-    assert loaded == (("reasoner",), {"device": "cpu", "dtype": "float32"})
+    assert loaded == (("reasoner",), {"device": "cpu", "dtype": "float32", "room": 2**20})
     assert chosen == ([] if threads is None else [threads])

@@ -1,7 +1,9 @@
 """Put a task to a model, with its full cache and under every cell, and mark the answers."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from statistics import fmean
 
 from pytest_kvguard.engine.engine import Engine
@@ -60,6 +62,10 @@ class Bench:
         samples = task.samples[:limit]
         if not samples:
             raise InvalidArgument(f"task {task.name!r} has no samples; give it some data")
+        if twice := [id for id, count in Counter(s.id for s in samples).items() if count > 1]:
+            raise InvalidArgument(
+                f"task {task.name!r} has several samples called {twice[0]!r}; give each its own id"
+            )
         protocol = protocol or task.protocol
         ahead = protocol == "context"
         prompts = encode(
@@ -99,7 +105,7 @@ class Bench:
         grid = self.engine.run(
             prompts, cells, until, first=futility.first_look, look=look, progress=progress
         )
-        blank = replace(blank, disagreements=grid.disagreements)
+        blank = replace(blank, disagreements=grid.disagreements, peak_bytes=grid.peak_bytes)
         record = _Recorder(samples, until, mark, grid, blank, units)
         baseline = record.run(grid.baseline)
         if baseline.error is None and (reason := futility.reason(list(baseline.scores.values()))):
@@ -121,11 +127,14 @@ class _Marking:
         marks: dict[str, float] = {}
         for index in sorted(answers):
             sample, text = self.samples[index], self.stopping.text(answers[index].tokens)
+            where = f"on sample {sample.id} and {text[:60]!r}"
             try:
-                marks[sample.id] = self.task.scorer(text, sample)
+                mark = self.task.scorer(text, sample)
             except Exception as problem:  # other people's code: its run fails alone
-                why = f"{type(problem).__name__}: {problem}"
-                return marks, f"the scorer failed on sample {sample.id} and {text[:60]!r}: {why}"
+                return marks, f"the scorer failed {where}: {type(problem).__name__}: {problem}"
+            if not isinstance(mark, Real) or not 0 <= mark <= 1:  # nan fails too
+                return marks, f"the scorer gave {mark!r} {where}; a mark is a number in [0, 1]"
+            marks[sample.id] = float(mark)
         return marks, None
 
 
@@ -154,6 +163,7 @@ class _Recorder:
             read=fmean(outcome.read) if outcome.read else None,
             bytes_full=outcome.bytes_full,
             bytes_held=outcome.bytes_held,
+            bytes_padding=outcome.bytes_padding,
             counts=Counts(self.grid.prefills, outcome.forwards, outcome.tokens, outcome.prefills),
             fidelity=_fidelity(outcome),
             seconds=outcome.seconds,

@@ -77,10 +77,10 @@ class Run:
     saves: str = "positions"  # what the keep ratio is a share of: positions, bytes or reads
     held: Held | None = None  # None: not measured
     read: float | None = None  # positions read / held; None: all that is held is read
-    bytes_full: int = (
-        0  # of the positions' keys and values with the full cache, summed over samples
-    )
+    bytes_full: int = 0  # of all positions' keys and values, summed over samples
     bytes_held: int = 0  # of what was held instead
+    bytes_padding: int = 0  # what heads that keep less than others of their layer add to that
+    peak_bytes: int | None = None  # the most a GPU held at a time; None: not measured
     counts: Counts = Counts()
     fidelity: Fidelity | None = None  # None for the baseline
     seconds: float = 0.0

@@ -9,12 +9,14 @@ from pytest_kvguard.policies.required import boundary, whitelist
 from pytest_kvguard.policies.storing import storing
 from pytest_kvguard.storage import FORMATS
 
-MODIFIERS: dict[str, Callable[..., Modifier]] = {
+_SELECTING: dict[str, Callable[..., Modifier]] = {
     "boundary": boundary,
     "fair": fair,
     "rerotated": rerotated,
     "reuse": reuse,
     "whitelist": whitelist,
-    **{name: storing(name, format) for name, format in FORMATS.items()},
 }
+_STORING = {name: storing(name, format) for name, format in FORMATS.items()}
+
+MODIFIERS: dict[str, Callable[..., Modifier]] = dict(sorted({**_SELECTING, **_STORING}.items()))
 """Every modifier by name. One that stands alone in a spec modifies `full`."""

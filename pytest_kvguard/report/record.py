@@ -36,6 +36,8 @@ class Cell(TypedDict):
     read: float | None
     bytes_full: int
     bytes_held: int
+    bytes_padding: int
+    peak_bytes: int | None
     verdict: str
     skipped: bool
     reason: str
@@ -76,6 +78,8 @@ def to_cell(comparison: "Comparison", *, model: str = "", spec: str | None = Non
         read=kept.read,
         bytes_full=kept.bytes_full,
         bytes_held=kept.bytes_held,
+        bytes_padding=kept.bytes_padding,
+        peak_bytes=kept.peak_bytes,
         verdict=c.verdict,
         skipped=c.weakness is not None and c.mode != "proved",
         reason=c.reason,
@@ -128,6 +132,8 @@ def not_run(
         read=None,
         bytes_full=base.bytes_full,
         bytes_held=0,
+        bytes_padding=0,
+        peak_bytes=base.peak_bytes,
         verdict="refused",
         skipped=skipped,
         reason=reason,

@@ -1,8 +1,11 @@
 """From tokens to marks, with a model that is real but tiny: traces, loops and giving up."""
 
+from dataclasses import replace
+
 import pytest
 
 from pytest_kvguard.engine.grid import Cell
+from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.harness.measure import Bench
 from pytest_kvguard.harness.replies import LOOK_EVERY, Reply, decode_with_tags, stopping
 from pytest_kvguard.models import wrap
@@ -93,3 +96,18 @@ def test_the_tags_of_a_trace_are_read_where_a_tokenizer_calls_them_special():
         task("", lambda text, sample: 1.0), [[20]], tokenizer, loaded.eos, loaded.decode
     )
     assert until.read(ids) == Reply("w21", "w20", "ended")
+
+
+@pytest.mark.parametrize("mark", [None, float("nan"), -0.1, 1.5, "1"])
+def test_a_scorer_that_gives_no_mark_fails_its_run_and_says_so(loaded, mark):
+    found = Bench(loaded).measure(task("", lambda text, sample: mark), CELLS)
+    for run in (found.baseline, *found.runs):
+        assert f"the scorer gave {mark!r} on sample s0" in run.error
+        assert "a mark is a number in [0, 1]" in run.error
+
+
+def test_samples_have_ids_of_their_own(loaded):
+    once = task("", lambda text, sample: 1.0)
+    twice = replace(once, samples=(*once.samples, once.samples[1]))
+    with pytest.raises(InvalidArgument, match="several samples called 's1'"):
+        Bench(loaded).measure(twice, CELLS)

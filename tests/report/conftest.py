@@ -23,6 +23,8 @@ CELL = {
     "read": None,
     "bytes_full": 80,
     "bytes_held": 20,
+    "bytes_padding": 4,
+    "peak_bytes": None,
     "verdict": "pass",
     "skipped": False,
     "reason": "",

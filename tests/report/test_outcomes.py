@@ -127,7 +127,7 @@ def test_the_table_shows_every_number_every_verdict_and_every_reason(found, widt
         )
         assert any(re.search(row, line) for line in body)
         assert without_space(cell["reason"]) in "".join("".join(lines).split())
-    tally = " ".join(lines[-3:])
+    tally = " ".join(" ".join(lines[-3:]).split())
     for verdict in {shown(cell)[-1] for cell in cells}:
         assert f"{sum(shown(cell)[-1] == verdict for cell in cells)} {verdict}" in tally
 
