@@ -86,10 +86,14 @@ MET_WHILE_DECODING = {
     ),
     "sums left over in a free slot": lambda s: bool((s.sums[~s.held] > 0).any()),
     "a prompt of which some is protected": lambda s: bool(
-        s.protected.any() and (s.held & ~s.generated & ~s.protected).any()
+        s.protected is not None
+        and s.protected.any()
+        and (s.held & ~s.generated & ~s.protected).any()
     ),
     "a prompt that is all protected": lambda s: bool(
-        (s.held & ~s.generated).sum() > 4 and torch.equal(s.protected, s.held & ~s.generated)
+        s.protected is not None
+        and (s.held & ~s.generated).sum() > 4
+        and torch.equal(s.protected, s.held & ~s.generated)
     ),
     "rows of different lengths": lambda s: len(s.newest.unique()) == 3,
 }
@@ -109,7 +113,8 @@ def test_a_drawn_step_keeps_the_contract_of_steps(state):
     for slots in state.positions.flatten(0, 1).tolist():
         held = [position for position in slots if position != EMPTY]
         assert len(held) == len(set(held))
-    assert not (state.protected & (state.generated | ~state.held)).any()
+    if state.protected is not None:
+        assert not (state.protected & (state.generated | ~state.held)).any()
     group = state.weights.shape[1] // state.positions.shape[1]
     assert not state.weights[~state.held.repeat_interleave(group, dim=1)].any()
     torch.testing.assert_close(state.weights.sum(-1), torch.ones(state.weights.shape[:2]))
