@@ -147,6 +147,7 @@ def decode_state(
     heads: int = 2,
     group: int = 2,
     slots: int = 10,
+    full: bool = False,
     texture: str = "even",
     alike: bool = False,
     tokens: int = 10,
@@ -157,15 +158,16 @@ def decode_state(
 ) -> DecodeState:
     """Make a row for each of the ``ratios``, after a token of the prompt or answer was attended.
 
-    ``alike``: heads hold the same; ``tokens``: what an answer has at most, in addition to ``far``;
-    ``paid``: how many different sums there are; ``protected``: the share of the prompt that is.
+    ``full``: every slot is held, if there are tokens for it; ``alike``: heads hold the same;
+    ``tokens``: most that an answer has, beside ``far``; ``paid``: how many different sums there
+    are; ``protected``: the share of the prompt that is.
     """
     rows = len(ratios)
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(1, 9, (rows,), generator=generator)
     newest = prompt - 1 + torch.randint(0, tokens, (rows,), generator=generator)
     newest = newest + torch.randint(0, far, (rows,), generator=generator)
-    positions = _slots(newest, heads, slots, alike, generator)
+    positions = _slots(newest, heads, slots, alike, full, generator)
     seen = positions.repeat_interleave(group, dim=1)  # (R, Hq, C)
     logits = torch.randn(rows, heads * group, int(newest.max()) + 1, generator=generator)
     logits = TEXTURES[texture](logits).gather(2, seen.clamp(min=0))
@@ -205,6 +207,7 @@ def decode_states(
         group=draw(st.sampled_from([1, 2, 4])),
         slots=4 * slots if long else slots,  # an answer that has come far, in a cache that holds it
         texture=draw(st.sampled_from(list(TEXTURES))),
+        full=draw(_seldom(4)),
         alike=draw(st.booleans()),
         far=far if long else 1,
         paid=draw(st.sampled_from([1, 3, 99])),
@@ -219,14 +222,16 @@ def _seldom(times: int) -> st.SearchStrategy[bool]:
 
 
 def _slots(
-    newest: Tensor, heads: int, slots: int, alike: bool, generator: torch.Generator
+    newest: Tensor, heads: int, slots: int, alike: bool, full: bool, generator: torch.Generator
 ) -> Tensor:
     """Return positions (R, heads, slots): some of those up to the newest, which is one of them."""
     rows, length = len(newest), int(newest.max()) + 1
     order = torch.rand(rows, 1 if alike else heads, length, generator=generator)
     to_come = torch.arange(length) - newest[:, None, None]  # (R, 1, length)
     order = order.masked_fill(to_come == 0, -1).masked_fill(to_come > 0, 2).argsort(dim=-1)
-    held = torch.randint(1, slots + 1, order.shape[:2], generator=generator)[..., None]
+    held = torch.randint(slots if full else 1, slots + 1, order.shape[:2], generator=generator)[
+        ..., None
+    ]
     gone = (torch.arange(length) >= held) | (order > newest[:, None, None])
     kept = order.masked_fill(gone, EMPTY)[..., :slots].expand(-1, heads, -1)
     kept = torch.cat([kept, torch.full((rows, heads, slots), EMPTY)], dim=-1)[..., :slots]

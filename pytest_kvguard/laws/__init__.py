@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.errors import Flaky
 
 from pytest_kvguard.errors import InvalidArgument
-from pytest_kvguard.laws.answer import answer, evicting
+from pytest_kvguard.laws.answer import STEPS, answer, evicting
 from pytest_kvguard.laws.decoding import DECODE_LAWS, DecodeTrial
-from pytest_kvguard.laws.memory import Maker, Memory
-from pytest_kvguard.laws.ordinary import ORDINARY_RATIOS, ordinary_prompts, ordinary_steps
+from pytest_kvguard.laws.memory import LONG_ANSWER, ORDINARY_RATIO, Maker, Memory
+from pytest_kvguard.laws.ordinary import corner_prompts, corner_steps, ordinary_prompts
 from pytest_kvguard.laws.prefill import PREFILL_LAWS, Trial, asked_for
 from pytest_kvguard.laws.traces import copied
 from pytest_kvguard.policies.base import DecodeState, LayerState, Policy
@@ -162,17 +162,15 @@ def _selecting(
         whole, seen = _left_by(used, state), asked_for(used, _left_by(used, other))
         return lambda: Trial(make(), used, copied(whole), copied(seen), ratio)
 
+    corners = corner_prompts(narrowed=used.narrows, need_units=used.keeps_units)
+    ordinary = [*((prompt, ORDINARY_RATIO) for prompt in prompts), *corners]
     return _Phase(
         used,
         PREFILL_LAWS,
         ("importance is (Hkv, T) float32, never nan",),
         ("random state unchanged",),
         prepared,
-        [
-            {"state": state, "other": prompts[index - 1], "ratio": ratio}
-            for index, state in enumerate(prompts)
-            for ratio in ORDINARY_RATIOS
-        ],
+        [{"state": state, "other": prompts[0], "ratio": ratio} for state, ratio in ordinary],
         {"state": states, "other": states, "ratio": ratios()},
         "same state, same selection",
         memory.of_prompts,
@@ -188,17 +186,21 @@ def _decoding(
     memory: Memory,
 ) -> _Phase[DecodeTrial]:
     def prepared(
-        state: DecodeState, other: DecodeState, prompt: LayerState, ratio: float
+        state: DecodeState, other: DecodeState, prompt: LayerState, ratio: float, steps: int = STEPS
     ) -> Callable[[], DecodeTrial]:
         seen = asked_for(used, _left_by(used, prompt))
-        answered = cache(lambda: tuple(answer(make(), copied(seen), ratio)))
+        answered = cache(lambda: tuple(answer(make(), copied(seen), ratio, steps)))
         return lambda: DecodeTrial(
-            make(), used, copied(state), copied(other), copied(seen), answered
+            make(), used, copied(state), copied(other), copied(seen), answered, steps
         )
 
     sums = evicting(used).accumulate
-    steps = ordinary_steps(sums=sums)
-    drawn = decode_states(sums=sums)
+    steps, drawn = corner_steps(sums=sums), decode_states(sums=sums)
+    corners = corner_prompts(narrowed=used.narrows, need_units=used.keeps_units)
+    answers = [
+        *({"prompt": each, "ratio": ORDINARY_RATIO, "steps": LONG_ANSWER} for each in prompts),
+        *({"prompt": prompt, "ratio": ratio} for prompt, ratio in corners),
+    ]
     return _Phase(
         used,
         DECODE_LAWS,
@@ -210,9 +212,8 @@ def _decoding(
         ("random state unchanged while decoding",),
         prepared,
         [
-            {"state": state, "other": steps[index - 1], "prompt": prompt, "ratio": ratio}
-            for ratio in ORDINARY_RATIOS[:2]
-            for index, (state, prompt) in enumerate(zip(steps, prompts, strict=False))
+            {"state": state, "other": steps[index - 1], **about}
+            for index, (state, about) in enumerate(zip(steps, answers, strict=False))
         ],
         {"state": drawn, "other": drawn, "prompt": states, "ratio": ratios()},
         "same step, same choice",

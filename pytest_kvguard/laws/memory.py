@@ -21,7 +21,7 @@ RATIOS = (0.75, 0.5, 0.25)
 LONG_ANSWER = 80
 """Tokens of an ordinary answer."""
 
-ANSWER_RATIO = 0.4
+ORDINARY_RATIO = 0.4
 
 Maker = Callable[[], Policy]
 
@@ -79,7 +79,7 @@ class Memory:
         return _differ(self.masks.setdefault(index, masks), masks, "after another prompt")
 
     def _answers_as_before(self, index: int, policy: Policy, when: str) -> str:
-        again = list(answer(policy, copied(self.prompts[index]), ANSWER_RATIO, LONG_ANSWER))
+        again = list(answer(policy, copied(self.prompts[index]), ORDINARY_RATIO, LONG_ANSWER))
         first = self.answers.setdefault(index, again)
         if len(first) != len(again):
             return f"ended after {len(again)} tokens, not {len(first)}, {when}"
