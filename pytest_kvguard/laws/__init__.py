@@ -17,9 +17,14 @@ from hypothesis.errors import Flaky
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.laws.answer import STEPS, answer, evicting
 from pytest_kvguard.laws.decoding import DECODE_LAWS, DecodeTrial
-from pytest_kvguard.laws.memory import LONG_ANSWER, ORDINARY_RATIO, Maker, Memory
-from pytest_kvguard.laws.ordinary import corner_prompts, corner_steps, ordinary_prompts
-from pytest_kvguard.laws.prefill import PREFILL_LAWS, Trial, asked_for
+from pytest_kvguard.laws.memory import LONG_ANSWER, Maker, Memory
+from pytest_kvguard.laws.ordinary import (
+    ORDINARY_RATIO,
+    corner_prompts,
+    corner_steps,
+    ordinary_prompts,
+)
+from pytest_kvguard.laws.prefill import PREFILL_LAWS, Trial, asked_for, chosen
 from pytest_kvguard.laws.traces import copied
 from pytest_kvguard.policies.base import DecodeState, LayerState, Policy
 from pytest_kvguard.states import decode_states, layer_states, ratios
@@ -160,7 +165,8 @@ def _selecting(
 ) -> _Phase[Trial]:
     def prepared(state: LayerState, other: LayerState, ratio: float) -> Callable[[], Trial]:
         whole, seen = _left_by(used, state), asked_for(used, _left_by(used, other))
-        return lambda: Trial(make(), used, copied(whole), copied(seen), ratio)
+        chose = cache(lambda: chosen(make(), asked_for(used, copied(whole)), ratio))
+        return lambda: Trial(make(), used, copied(whole), copied(seen), ratio, chose)
 
     corners = corner_prompts(narrowed=used.narrows, need_units=used.keeps_units)
     ordinary = [*((prompt, ORDINARY_RATIO) for prompt in prompts), *corners]

@@ -12,8 +12,8 @@ from pytest_kvguard.laws.traces import copied
 from pytest_kvguard.policies import evict
 from pytest_kvguard.policies.base import EMPTY, DecodeEviction, DecodeState, LayerState, Policy
 
-STEPS = 24
-"""Tokens an answer has, past every count that a policy of ours starts with by default."""
+STEPS = 16
+"""Tokens an answer has, more than a policy of ours counts before it evicts (SCOPE's `every`)."""
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,13 @@ def _prompt_of_whole_units_stays(trial: DecodeTrial) -> str:
         return ""
     freed = trial.frees(trial.state)
     broken = (freed != EMPTY) & (freed < trial.state.prompt_length[:, None])
-    return f"freed {int(broken.sum())} positions of the prompt" if broken.any() else ""
+    if broken.any():
+        return f"freed {int(broken.sum())} positions of the prompt"
+    for count, step in enumerate(trial.answered()):
+        of_prompt = step.before.held & ~step.before.generated
+        if gone := int((of_prompt & ~step.after.held).sum()):
+            return f"freed {gone} positions of the prompt after {count} tokens"
+    return ""
 
 
 def _input_unchanged(trial: DecodeTrial) -> str:

@@ -16,12 +16,13 @@ from pytest_kvguard.laws.prefill import differs
 from pytest_kvguard.laws.traces import copied
 from pytest_kvguard.policies.base import LayerState, Policy
 
-RATIOS = (0.75, 0.5, 0.25)
+RATIOS = (0.9, 0.5, 0.25)
 
-LONG_ANSWER = 80
-"""Tokens of an ordinary answer."""
+LONG_ANSWER = 48
+"""Tokens of an ordinary answer, past the windows of a policy of ours (SCOPE's `window`)."""
 
-ORDINARY_RATIO = 0.4
+ANSWER_RATIOS = (0.8, 0.3)
+"""Of the first prompt and of the second: most that is new stays, and most goes."""
 
 Maker = Callable[[], Policy]
 
@@ -79,7 +80,7 @@ class Memory:
         return _differ(self.masks.setdefault(index, masks), masks, "after another prompt")
 
     def _answers_as_before(self, index: int, policy: Policy, when: str) -> str:
-        again = list(answer(policy, copied(self.prompts[index]), ORDINARY_RATIO, LONG_ANSWER))
+        again = list(answer(policy, copied(self.prompts[index]), ANSWER_RATIOS[index], LONG_ANSWER))
         first = self.answers.setdefault(index, again)
         if len(first) != len(again):
             return f"ended after {len(again)} tokens, not {len(first)}, {when}"

@@ -16,6 +16,8 @@ from pytest_kvguard.states import DEEP, DTYPES, TEXTURES, decode_state, layer_st
 LONGEST = 320
 """Longer than any window, run or page that our policies have by default, two runs of LagKV too."""
 
+ORDINARY_RATIO = 0.4
+
 MARGIN = 20
 """One part in so many at either end of a prompt belongs to no shot."""
 
@@ -72,7 +74,7 @@ STEP_CORNERS: Mapping[str, Sequence[Any]] = {
     "tokens": (1, 10),
     "far": (1, 50, 200),
     "paid": (1, 3, 99),
-    "protected": (0.3, 0, None, 1),
+    "protected": (0.5, 0, None, 1),
 }
 
 

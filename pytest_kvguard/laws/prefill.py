@@ -26,6 +26,7 @@ class Trial:
     whole: LayerState  # with all that can be recorded
     other: LayerState  # with what the policy asks for
     ratio: float
+    chose: Callable[[], Tensor | None]  # what the policy keeps, found once for all laws
 
     @cached_property
     def state(self) -> LayerState:
@@ -36,10 +37,10 @@ class Trial:
         """Return the keep mask, (Hkv, T) bool, or None when the policy refuses."""
         return chosen(self.policy, state, self.ratio if ratio is None else ratio)
 
-    @cached_property
+    @property
     def mask(self) -> Tensor | None:
-        """What the policy keeps of the state."""
-        return self.choose(self.state)
+        """What the policy keeps of the state, (Hkv, T) bool; None when it refuses."""
+        return self.chose()
 
     @cached_property
     def protected(self) -> Tensor:
@@ -249,7 +250,11 @@ def _what_others_recorded_changes_nothing(trial: Trial) -> str:
         return "rated by what it does not ask for: queries before its `window`, sums or `turn`"
     if not torch.equal(rated, otherwise):
         return ""  # products of other sizes round otherwise, and may part what is nearly equal
-    first, again = trial.choose(alone), trial.choose(together)
+    try:
+        n = trial.policy.budget(alone, trial.ratio)
+        first, again = (trial.policy.select(rated, n, state) for state in (alone, together))
+    except Refused:
+        return ""
     return differs(first, again, "where more queries, sums or `turn` were recorded")
 
 
