@@ -97,6 +97,26 @@ def test_policies_whose_heads_compete_keep_what_their_papers_say_of_a_long_promp
             assert [set(row.nonzero().flatten().tolist()) for row in mask] == expected, name
 
 
+@pytest.mark.parametrize("layer", [0, 2])
+def test_pyramids_as_they_come_keep_what_their_papers_say_of_a_long_prompt(layer):
+    state = a_state(LONG, layer=layer, layers=3, seed=8)  # 80 of each on average, 32 the window
+    n = {0: 32 + 2 * 48 - 48 // 20, 2: 32 + 48 // 20}[layer]
+    expected = kept_by_oracle(oracles.snapkv, state, n)
+    assert torch.equal(get_policy("pyramidkv").keep(state, 0.25), expected)
+    mask = get_policy("adapyramidkv").keep(state, 0.25)
+    assert [set(row.nonzero().flatten().tolist()) for row in mask] == oracles.adakv(state, n)
+
+
+def test_shotkv_as_it_comes_keeps_what_its_paper_says_of_a_long_prompt():
+    units = tuple((range(at, min(LONG - 5, at + 17)),) for at in range(4, LONG - 5, 17))
+    state = a_state(LONG, units=units, protected=(3, LONG - 1), seed=9)
+    for ratio in (0.1, 0.5, 0.9):
+        expected = torch.zeros(LONG, dtype=torch.bool)
+        n = get_policy("shotkv").budget(state, ratio)
+        expected[sorted(oracles.kept_shots(state, n, 32, "skip"))] = True
+        assert torch.equal(get_policy("shotkv").keep(state, ratio), expected.expand(2, -1)), ratio
+
+
 def test_the_long_prompt_is_longer_than_every_default():
     for name, make in POLICIES.items():
         params = make().params
