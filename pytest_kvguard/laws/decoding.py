@@ -7,37 +7,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pytest_kvguard.errors import Refused
+from pytest_kvguard.laws.answer import STEPS, Step, evicting, freed
 from pytest_kvguard.laws.traces import changed, copied, draws
 from pytest_kvguard.policies import evict
 from pytest_kvguard.policies.base import EMPTY, DecodeEviction, DecodeState, LayerState, Policy
 
-STEPS = 8
-"""Tokens a simulated row generates."""
+Answered = Callable[[], tuple[Step, ...]]
+"""What a policy leaves of a prompt, token by token; none of one that it refuses."""
 
 
 @dataclass(frozen=True)
 class DecodeTrial:
-    """A policy that evicts, one step of decoding, another to be distracted by, and a prompt."""
+    """A policy that evicts, one step of decoding, others to be distracted by, and an answer."""
 
     policy: Policy
+    used: Policy  # the same policy, which has seen every trial before; perhaps the very same object
     state: DecodeState
     other: DecodeState
     prompt: LayerState
-    ratio: float
+    answered: Answered  # the answer to the prompt, made once for all laws
+    steps: int = STEPS  # tokens that were to be generated
 
     @property
     def eviction(self) -> DecodeEviction:
         """What the policy evicts by."""
-        if self.policy.decode is None:
-            raise AssertionError("only a policy that evicts while decoding is tried")
-        return self.policy.decode
+        return evicting(self.policy)
 
     def frees(self, state: DecodeState) -> Tensor:
         """Return the position each head frees, EMPTY for none, (R, Hkv)."""
-        slot = evict.victims(self.eviction, state)
-        position = state.positions.gather(2, slot.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        return torch.where(slot == EMPTY, EMPTY, position)
+        return freed(self.eviction, state)
 
 
 Law = Callable[[DecodeTrial], str]
@@ -78,10 +76,10 @@ def _protected_stay(trial: DecodeTrial) -> str:
         if slots.any():
             return f"freed {int(slots.sum())} protected slots"
     fixed = trial.policy.fixed(trial.prompt).nonzero().flatten()
-    for step, later in _decoded(trial):
-        lost = ~(later.positions.unsqueeze(-1) == fixed).any(dim=2)  # (R, Hkv, fixed)
+    for count, step in enumerate(trial.answered()):
+        lost = ~(step.after.positions.unsqueeze(-1) == fixed).any(dim=2)  # (R, Hkv, fixed)
         if lost.any():
-            return f"freed {int(lost.sum())} protected positions within {step + 1} tokens"
+            return f"freed {int(lost.sum())} protected positions within {count + 1} tokens"
     return ""
 
 
@@ -173,7 +171,13 @@ def _prompt_of_whole_units_stays(trial: DecodeTrial) -> str:
         return ""
     freed = trial.frees(trial.state)
     broken = (freed != EMPTY) & (freed < trial.state.prompt_length[:, None])
-    return f"freed {int(broken.sum())} positions of the prompt" if broken.any() else ""
+    if broken.any():
+        return f"freed {int(broken.sum())} positions of the prompt"
+    for count, step in enumerate(trial.answered()):
+        of_prompt = step.before.held & ~step.before.generated
+        if gone := int((of_prompt & ~step.after.held).sum()):
+            return f"freed {gone} positions of the prompt after {count} tokens"
+    return ""
 
 
 def _input_unchanged(trial: DecodeTrial) -> str:
@@ -194,76 +198,29 @@ def _same_step_same_choice(trial: DecodeTrial) -> str:
         trial.frees(other)
         if not torch.equal(first, trial.frees(trial.state)):
             return "chose otherwise after another step"
+    if not torch.equal(first, freed(evicting(trial.used), trial.state)):
+        return "chose otherwise than one that is made anew"
     return ""
 
 
 def _next_token_has_a_slot(trial: DecodeTrial) -> str:
-    for step, state in _decoded(trial):
-        if step < STEPS and (state.held.all(dim=-1)).any():
-            return f"left no free slot of {state.positions.shape[-1]} after {step} tokens"
+    for count, step in enumerate(trial.answered()):
+        if count < trial.steps and step.after.held.all(dim=-1).any():
+            return f"left no free slot of {step.after.positions.shape[-1]} after {count} tokens"
     return ""
 
 
 def _no_more_than_allowed(trial: DecodeTrial) -> str:
-    for step, state in _decoded(trial):
+    for count, step in enumerate(trial.answered()):
+        state = step.after
         may_go = evict.evictable(trial.eviction.candidates(state), state).sum(dim=-1)
         allowed = trial.eviction.allowed(state).clamp(min=0)
         over = may_go > (allowed[:, None] if allowed.dim() == 1 else allowed)
         if over.any():
             return (
-                f"held {int(may_go.max())} candidates, not {int(allowed.min())}, at {step} tokens"
+                f"held {int(may_go.max())} candidates, not {int(allowed.min())}, at {count} tokens"
             )
     return ""
-
-
-def _decoded(trial: DecodeTrial) -> Iterator[tuple[int, DecodeState]]:
-    """Let a row of the prompt generate; yield the state after each token, and how many there are.
-
-    As in the engine, the last token of the prompt is fed once more, and a token that comes takes
-    a free slot of each head.
-    """
-    prompt = replace(trial.prompt, protected=trial.prompt.protected.clone())
-    prompt.protected[-1] = True
-    try:
-        mask = trial.policy.keep(prompt, trial.ratio)[:, :-1]
-        budget = trial.policy.budget(prompt, trial.ratio)
-    except Refused:
-        return
-    own, length, heads = trial.policy.decode_ratio, prompt.length, len(mask)
-    ratio = trial.ratio if own is None else own
-    most = int(mask.sum(dim=-1).max()) + 1
-    lasting = F.pad(trial.policy.fixed(trial.prompt), (0, STEPS + 1))  # by position
-    least = max(budget, most, int(lasting.sum()) + 2)
-    slots = max(trial.eviction.slots(least, STEPS + 1, ratio), most)
-    positions = torch.full((1, heads, slots), EMPTY)
-    for head, kept in enumerate(mask):
-        positions[0, head, : int(kept.sum())] = kept.nonzero().flatten()
-    generator = torch.Generator().manual_seed(length)
-    for step in range(STEPS + 1):
-        if (positions != EMPTY).all(dim=-1).any():
-            return
-        slot = (positions == EMPTY).int().argmax(dim=-1, keepdim=True)
-        positions = positions.scatter(2, slot, length - 1 + step)
-        logits = torch.randn(1, len(prompt.queries), slots, generator=generator)
-        free = (positions == EMPTY).repeat_interleave(logits.shape[1] // heads, dim=1)
-        paid = torch.rand(positions.shape, generator=generator)
-        state = DecodeState(
-            weights=logits.masked_fill(free, float("-inf")).softmax(dim=-1),
-            sums=paid if trial.eviction.accumulate else None,
-            positions=positions,
-            newest=torch.tensor([length - 1 + step]),
-            prompt_length=torch.tensor([length]),
-            budget=torch.tensor([budget]),
-            ratio=torch.tensor([ratio], dtype=torch.float64),
-            protected=lasting[positions.clamp(min=0)] & (positions != EMPTY),
-        )
-        for _ in range(trial.eviction.burst):
-            slot = evict.victims(trial.eviction, state).unsqueeze(-1)
-            gone = torch.where(slot == EMPTY, state.positions.gather(2, slot.clamp(min=0)), EMPTY)
-            left = state.positions.scatter(2, slot.clamp(min=0), gone)
-            state = replace(state, positions=left)
-        positions = state.positions
-        yield step, state
 
 
 DECODE_LAWS: dict[str, Law] = {

@@ -1,6 +1,7 @@
 """The laws of what a policy keeps of a prompt."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,6 +14,7 @@ from pytest_kvguard.laws.traces import changed, copied, draws
 from pytest_kvguard.policies.base import LayerState, Policy
 from pytest_kvguard.policies.budgets import share, whole_pages
 from pytest_kvguard.policies.units import must_stay, positions_of
+from pytest_kvguard.states import recorded
 
 
 @dataclass(frozen=True)
@@ -20,21 +22,25 @@ class Trial:
     """A policy put before one state, and another to be distracted by."""
 
     policy: Policy
-    state: LayerState
-    other: LayerState
+    used: Policy  # the same policy, which has seen every trial before; perhaps the very same object
+    whole: LayerState  # with all that can be recorded
+    other: LayerState  # with what the policy asks for
     ratio: float
-
-    def choose(self, state: LayerState) -> Tensor | None:
-        """Return the keep mask, (Hkv, T) bool, or None when the policy refuses."""
-        try:
-            return self.policy.keep(state, self.ratio)
-        except Refused:
-            return None
+    chose: Callable[[], Tensor | None]  # what the policy keeps, found once for all laws
 
     @cached_property
+    def state(self) -> LayerState:
+        """The state with what the policy asks for, and no more."""
+        return asked_for(self.policy, self.whole)
+
+    def choose(self, state: LayerState, ratio: float | None = None) -> Tensor | None:
+        """Return the keep mask, (Hkv, T) bool, or None when the policy refuses."""
+        return chosen(self.policy, state, self.ratio if ratio is None else ratio)
+
+    @property
     def mask(self) -> Tensor | None:
-        """What the policy keeps of the state."""
-        return self.choose(self.state)
+        """What the policy keeps of the state, (Hkv, T) bool; None when it refuses."""
+        return self.chose()
 
     @cached_property
     def protected(self) -> Tensor:
@@ -63,8 +69,30 @@ class Trial:
 BELOVED = 16.0
 """The length of a key that gets nearly all attention it can."""
 
+LEVELS = 3
+"""How many different importances there are where most positions have equals."""
+
+TIE = 2.0**-22
+"""What breaks a tie in float32, and over a whole prompt never makes up for a level."""
+
+OTHER_RATIOS = (0.9, 0.4)
+"""A policy rates a state once and selects at every ratio of the run."""
+
 Law = Callable[[Trial], str]
 """How a trial breaks the law, to follow the policy's name; "" if it does not."""
+
+
+def asked_for(policy: Policy, whole: LayerState) -> LayerState:
+    """Return the state as a prefill records it for this policy alone."""
+    return recorded(whole, window=policy.window, sums=policy.needs_sums, turn=policy.needs_turn)
+
+
+def chosen(policy: Policy, state: LayerState, ratio: float) -> Tensor | None:
+    """Return the keep mask, (Hkv, T) bool, or None when the policy refuses."""
+    try:
+        return policy.keep(state, ratio)
+    except Refused:
+        return None
 
 
 def _importance_is_well_formed(trial: Trial) -> str:
@@ -141,7 +169,9 @@ def _units_stay_whole(trial: Trial) -> str:
 
 
 def _ratio_1_keeps_all(trial: Trial) -> str:
-    kept = trial.policy.keep(trial.state, 1.0)
+    kept = trial.choose(trial.state, 1.0)
+    if kept is None:
+        return "refused"
     return "" if (kept | ~_alive(trial.state)).all() else "dropped something"
 
 
@@ -156,23 +186,37 @@ def _alive(state: LayerState) -> Tensor:
 
 
 def _of_equals_the_earlier(trial: Trial) -> str:
-    equal = torch.zeros(trial.state.keys.shape[:2])
-    falling = equal - torch.arange(trial.state.length)
+    """Break the ties of an importance in favour of what is earlier, which must change nothing."""
+    state = trial.state
+    generator = torch.Generator().manual_seed(state.length)
+    levels = torch.randint(0, LEVELS, state.keys.shape[:2], generator=generator).float()
+    ranks = torch.arange(state.length).expand_as(levels).float()
     if trial.policy.keeps_units:
-        for index, unit in enumerate(trial.state.units):
-            falling[:, positions_of(unit)] = -index
-    try:
-        n = trial.policy.budget(trial.state, trial.ratio)
-        masks = [trial.policy.select(each, n, trial.state) for each in (equal, falling)]
-    except Refused:
-        return ""
-    return "" if torch.equal(*masks) else "kept a later one"
+        levels, ranks = torch.zeros_like(levels), torch.zeros_like(levels)
+        for index, unit in enumerate(state.units):
+            levels[:, positions_of(unit)] = float(index * 7 % 5 % LEVELS)
+            ranks[:, positions_of(unit)] = index
+    for tied in (torch.zeros_like(levels), levels):
+        try:
+            n = trial.policy.budget(state, trial.ratio)
+            masks = [trial.policy.select(e, n, state) for e in (tied, tied - ranks * TIE)]
+        except Refused:
+            return ""
+        if not torch.equal(*masks):
+            return "kept a later one"
+    return ""
 
 
 def _input_unchanged(trial: Trial) -> str:
-    before = copied(trial.state)
-    trial.choose(trial.state)
-    return changed(before, trial.state)
+    state, before = trial.state, copied(trial.state)
+    importance = trial.policy.importance(state)
+    rated = importance.clone()
+    trial.policy.fixed(state)
+    with suppress(Refused):
+        trial.policy.select(importance, trial.policy.budget(state, trial.ratio), state)
+    if problem := changed(before, state):
+        return problem
+    return "" if torch.equal(rated, importance) else "changed the importance it selects by"
 
 
 def _random_state_unchanged(trial: Trial) -> str:
@@ -183,10 +227,35 @@ def _same_state_same_selection(trial: Trial) -> str:
     first = trial.choose(trial.state)
     trial.choose(trial.other)
     trial.choose(_backwards(trial.state))
-    again = trial.choose(trial.state)
+    for ratio in OTHER_RATIOS:
+        trial.choose(trial.state, ratio)
+    if problem := differs(first, trial.choose(trial.state), "after another prompt"):
+        return problem
+    used = chosen(trial.used, trial.state, trial.ratio)
+    return differs(first, used, "than one that is made anew")
+
+
+def differs(first: Tensor | None, again: Tensor | None, when: str) -> str:
+    """Say how a selection differs from the first one of the same state; "" if it does not."""
     if first is None or again is None:
-        return "" if first is again else "refused one time of two"
-    return "" if torch.equal(first, again) else "chose otherwise after another prompt"
+        return "" if first is again else f"refused one time of two, {when}"
+    return "" if torch.equal(first, again) else f"chose otherwise {when}"
+
+
+def _what_others_recorded_changes_nothing(trial: Trial) -> str:
+    """Policies share a prefill, which records what any of them asks for."""
+    alone, together = trial.state, trial.whole
+    rated, otherwise = trial.policy.importance(alone), trial.policy.importance(together)
+    if not torch.isclose(rated, otherwise, rtol=1e-3, atol=1e-6).all():
+        return "rated by what it does not ask for: queries before its `window`, sums or `turn`"
+    if not torch.equal(rated, otherwise):
+        return ""  # products of other sizes round otherwise, and may part what is nearly equal
+    try:
+        n = trial.policy.budget(alone, trial.ratio)
+        first, again = (trial.policy.select(rated, n, state) for state in (alone, together))
+    except Refused:
+        return ""
+    return differs(first, again, "where more queries, sums or `turn` were recorded")
 
 
 def _no_query_sees_what_comes_after_it(trial: Trial) -> str:
@@ -234,6 +303,7 @@ PREFILL_LAWS: dict[str, Law] = {
     "input unchanged": _input_unchanged,
     "random state unchanged": _random_state_unchanged,
     "same state, same selection": _same_state_same_selection,
+    "what other policies recorded changes nothing": _what_others_recorded_changes_nothing,
     "no query sees what comes after it": _no_query_sees_what_comes_after_it,
 }
 """By name, in the order they are tried."""

@@ -155,7 +155,7 @@ def lagkv(state: LayerState, head: int, n: int, sinks: int = 16, lag: int = 128)
             low, high = following.min(axis=0), following.max(axis=0)
             spread = [np.std((token - low) / (high - low), ddof=1) for token in run]
             score += np.exp(spread) / np.exp(spread).sum()
-        for rank, at in enumerate(np.argsort(-score)):
+        for rank, at in enumerate(np.argsort(-score, kind="stable")):
             place[start + int(at)] = rank
     end = [at for at in reversed(range(min(sinks, length), length)) if at not in place]
     first = [*range(min(sinks, length)), *end]
@@ -171,6 +171,12 @@ def rotation(position: int, paces: tuple[float, ...]) -> np.ndarray:
         matrix[i, i], matrix[i, i + half] = cos, -sin
         matrix[i + half, i], matrix[i + half, i + half] = sin, cos
     return matrix
+
+
+def page_bound(query: list[float], keys: list[list[float]]) -> float:
+    """Quest, algorithm 1: what no product of the query with a key of the page exceeds."""
+    channels = zip(query, zip(*keys, strict=True), strict=True)
+    return sum(max(q * min(channel), q * max(channel)) for q, channel in channels)
 
 
 def expected_attention(

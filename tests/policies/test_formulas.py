@@ -5,12 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pytest_kvguard.policies import get_policy
+from pytest_kvguard.policies import POLICIES, get_policy
+from pytest_kvguard.policies.quest import upper_bound
 from pytest_kvguard.specs import Spec
 from tests.policies import oracles
 from tests.strategies import a_state
 
 LENGTHS = [1, 5, 6, 23, 40]
+LONG = 320
+"""Longer than any window, lag, sinks or run that a policy has by default."""
+
 SHOTS = ((range(2, 7), range(20, 22)), (range(7, 15),), (range(16, 19),), (range(22, 33),))
 
 
@@ -66,6 +70,97 @@ def test_a_policy_keeps_what_its_paper_says(name, params, group):
             n = policy.budget(state, ratio)
             expected = kept_by_oracle(getattr(oracles, name), state, n, **oracle_params)
             assert torch.equal(policy.keep(state, ratio), expected), (length, ratio)
+
+
+DEFAULTS = [
+    name for name in POLICIES if hasattr(oracles, name) and name not in {"adakv", "fastgen"}
+]
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_a_policy_as_it_comes_keeps_what_its_paper_says_of_a_long_prompt(name):
+    policy, state = get_policy(name), a_state(LONG, protected=(3, LONG - 1), seed=7)
+    for ratio in (0.1, 0.5, 0.9):
+        n = policy.budget(state, ratio)
+        expected = kept_by_oracle(getattr(oracles, name), state, n)
+        assert torch.equal(policy.keep(state, ratio), expected), ratio
+
+
+def test_policies_whose_heads_compete_keep_what_their_papers_say_of_a_long_prompt():
+    state = a_state(LONG, protected=(3, LONG - 1), seed=7)
+    for ratio in (0.1, 0.5, 0.9):
+        n = get_policy("adakv").budget(state, ratio)
+        for name in ("adakv", "fastgen"):
+            expected = getattr(oracles, name)(state, n)
+            expected = expected[0] if name == "fastgen" else expected
+            mask = get_policy(name).keep(state, ratio)
+            assert [set(row.nonzero().flatten().tolist()) for row in mask] == expected, name
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_pyramids_as_they_come_keep_what_their_papers_say_of_a_long_prompt(layer):
+    state = a_state(LONG, layer=layer, layers=3, seed=8)  # 80 of each on average, 32 the window
+    n = {0: 32 + 2 * 48 - 48 // 20, 2: 32 + 48 // 20}[layer]
+    expected = kept_by_oracle(oracles.snapkv, state, n)
+    assert torch.equal(get_policy("pyramidkv").keep(state, 0.25), expected)
+    mask = get_policy("adapyramidkv").keep(state, 0.25)
+    assert [set(row.nonzero().flatten().tolist()) for row in mask] == oracles.adakv(state, n)
+
+
+def test_shotkv_as_it_comes_keeps_what_its_paper_says_of_a_long_prompt():
+    units = tuple((range(at, min(LONG - 5, at + 17)),) for at in range(4, LONG - 5, 17))
+    state = a_state(LONG, units=units, protected=(3, LONG - 1), seed=9)
+    for ratio in (0.1, 0.5, 0.9):
+        expected = torch.zeros(LONG, dtype=torch.bool)
+        n = get_policy("shotkv").budget(state, ratio)
+        expected[sorted(oracles.kept_shots(state, n, 32, "skip"))] = True
+        assert torch.equal(get_policy("shotkv").keep(state, ratio), expected.expand(2, -1)), ratio
+
+
+def test_the_long_prompt_is_longer_than_every_default():
+    for name, make in POLICIES.items():
+        params = make().params
+        sizes = [params.get(key, 0) for key in ("window", "sinks", "page", "length", "recent")]
+        assert sum(sizes) + 2 * params.get("lag", 0) < LONG, name
+
+
+@pytest.mark.parametrize("name", ["knorm", "keydiff", "tova", "snapkv(window=4, kernel=1)", "h2o"])
+def test_of_equals_a_policy_keeps_the_earlier(name):
+    """Positions come in pairs that are alike, as far as the policy looks at them."""
+    state = a_state(40, seed=2)
+    pairs = torch.arange(40) // 2 * 2
+    alike = replace(
+        state,
+        keys=state.keys[:, pairs],
+        values=state.values[:, pairs],
+        attention_sums=state.attention_sums[:, pairs],
+    )
+    policy = get_policy(name)
+    assert policy.budget(alike, 0.275) == 11
+    for row in policy.keep(alike, 0.275)[:, :36]:
+        assert (row[::2] | ~row[1::2]).all(), "the later of a pair stays without the earlier"
+
+
+def test_of_equals_in_a_run_lagkv_keeps_the_earlier():
+    state = a_state(24, seed=4)
+    pairs = torch.arange(24) // 2 * 2
+    alike = replace(state, keys=state.keys[:, pairs], values=state.values[:, pairs])
+    policy = get_policy("lagkv(sinks=0, lag=8)")
+    n = policy.budget(alike, 14 / 24)
+    assert n == 14  # the last run, and of 16 that are rated the best three of either run
+    expected = kept_by_oracle(oracles.lagkv, alike, n, sinks=0, lag=8)
+    assert torch.equal(policy.keep(alike, 14 / 24), expected)
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_quest_bounds_what_a_query_may_find_in_a_page(group):
+    state = a_state(24, group=group, seed=5)
+    pages = state.keys.unflatten(1, (6, 4))  # (Hkv, P, L, D)
+    bounds = upper_bound(state.queries[None], pages.amin(2)[None], pages.amax(2)[None])[0]
+    for head, queries in enumerate(state.queries.double().tolist()):
+        held = pages[head // group].double().tolist()
+        expected = [[oracles.page_bound(query, page) for page in held] for query in queries]
+        torch.testing.assert_close(bounds[head], torch.tensor(expected))
 
 
 @pytest.mark.parametrize("rule", ["skip", "stop"])

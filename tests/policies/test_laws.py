@@ -122,8 +122,13 @@ def empties_a_head(mask, state):
 def sees_the_future(state):
     """The attention of the last queries without a causal mask."""
     keys = state.keys.repeat_interleave(len(state.queries) // len(state.keys), dim=0)
-    logits = state.queries.float() @ keys.float().mT * state.scaling  # (Hq, W, T)
+    logits = state.queries[:, -4:].float() @ keys.float().mT * state.scaling  # (Hq, W, T)
     return logits.softmax(dim=-1).unflatten(0, (len(state.keys), -1)).sum(dim=(1, 2))
+
+
+def goes_by_every_query_there_is(state):
+    """Its own window is 1, and the others are there when another policy asks for them."""
+    return KNORM.importance(state) * state.queries.shape[1]
 
 
 def evicting(base: Policy = TOVA, **changes) -> Policy:
@@ -174,6 +179,7 @@ FAULTS = {
     "ratio 1 keeps all": selecting(
         KNORM, lambda mask, state: mask & ((torch.arange(state.length) != 5) | state.protected)
     ),
+    "what other policies recorded changes nothing": rating(goes_by_every_query_there_is),
     "no query sees what comes after it": replace(rating(sees_the_future), window=4),
     "importance while decoding is (R, Hkv, C) float32, never nan": evicting(
         importance=lambda state: state.weights.mean(dim=1)
@@ -191,7 +197,11 @@ FAULTS = {
         SHOTS,
         allowed=lambda state: state.budget.max().expand_as(state.budget) - 1,
     ),
-    "a prompt of whole units stays": evicting(SHOTS, candidates=lambda state: state.held),
+    "a prompt of whole units stays": evicting(
+        SHOTS,
+        candidates=lambda state: state.generated | (state.positions == 0),
+        allowed=lambda state: torch.zeros_like(state.newest),
+    ),
     "step unchanged": evicting(importance=empties_what_it_was_given),
     "random state unchanged while decoding": evicting(
         importance=lambda state: torch.rand(state.positions.shape).sort()[0] + goes_by_slot(state)
@@ -274,10 +284,10 @@ def test_what_does_not_ask_queries_may_rate_every_position_by_every_other(import
 
     def far_from_the_mean(state):
         looked_at = {
-            "keys": state.keys,
-            "values": state.values,
-            "sums": state.attention_sums.unflatten(0, (len(state.keys), -1)).mT,
-        }[importance].float()
+            "keys": lambda: state.keys,
+            "values": lambda: state.values,
+            "sums": lambda: state.attention_sums.unflatten(0, (len(state.keys), -1)).mT,
+        }[importance]().float()
         return (looked_at - looked_at.mean(dim=1, keepdim=True)).norm(dim=-1)
 
     check_policy(replace(rating(far_from_the_mean), needs_sums=importance == "sums"))

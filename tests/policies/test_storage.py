@@ -107,7 +107,10 @@ def eight_bit_floats() -> list[float]:
 def test_the_largest_channel_of_a_token_becomes_the_largest_8_bit_float():
     floats, values = eight_bit_floats(), heads(tokens=6)
     assert max(floats) == 448
-    restored = Float8().decode(Float8().encode(values))
+    codes, scales = Float8().encode(values)
+    largest = codes.view(torch.float8_e4m3fn).float().abs().amax(dim=-1)
+    assert (largest == 448).all()
+    restored = Float8().decode((codes, scales))
     for token in range(6):
         numbers = values[0, 1, token].double().tolist()
         scale = in_type(max(abs(x) for x in numbers) / 448, torch.float32)
