@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pytest_kvguard.errors import InvalidArgument
+from pytest_kvguard.storage.bits import pack, unpack
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,13 @@ class Affine:
         codes = ((tiles - _each(zero.float())) / step).round().clamp(0, most)
         return pack(codes.flatten(-2).byte(), self.bits), scale, zero
 
-    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+    def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Restore (..., n, D)."""
         packed, scale, zero = parts
         codes = unpack(packed, self.bits).float()
         tiles = codes.unflatten(-1, (scale.shape[-1], codes.shape[-1] // scale.shape[-1]))
         restored = tiles * _each(scale.float()) + _each(zero.float())
-        return restored.to(scale.dtype).flatten(-2).flatten(-3, -2)
+        return restored.to(dtype).flatten(-2).flatten(-3, -2)
 
     def _width(self, size: int) -> int:
         width = min(self.width or size, size)
@@ -61,19 +62,6 @@ class Affine:
                 f"use 8 bits"
             )
         return width
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes of ``bits`` bits: (..., n) uint8 -> (..., n * bits / 8) uint8."""
-    place = torch.arange(0, 8, bits, device=codes.device, dtype=torch.uint8)
-    each = codes.unflatten(-1, (codes.shape[-1] * bits // 8, 8 // bits))
-    return (each << place).sum(dim=-1, dtype=torch.uint8)
-
-
-def unpack(packed: Tensor, bits: int) -> Tensor:
-    """Undo `pack`."""
-    place = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
-    return ((packed.unsqueeze(-1) >> place) & (2**bits - 1)).flatten(-2)
 
 
 def _each(per_tile: Tensor) -> Tensor:

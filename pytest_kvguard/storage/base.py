@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from pytest_kvguard.errors import InvalidArgument
@@ -26,8 +27,23 @@ class Codec(Protocol):
         Each part is (..., n / span, *), so that what is encoded together can be told apart.
         """
 
-    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+    def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Restore (..., n, D) from the parts, in the type of what was encoded."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Leaves tokens as they are: what an engine does not encode."""
+
+    span: int = 1
+
+    def encode(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Store (..., n, D) itself."""
+        return (tokens,)
+
+    def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Return (..., n, D)."""
+        return parts[0].to(dtype)
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,7 @@ class Storage:
     keys: Codec
     values: Codec
     residual: int = 0  # a multiple of either codec's span, not 0 where one is more than 1
+    skip: int = 0  # layers at either end whose tokens stay as they are
     params: Mapping[str, Any] = field(  # for reports
         default_factory=lambda: MappingProxyType({}), compare=False
     )
@@ -53,6 +70,13 @@ class Storage:
                     f"{what} are encoded {codec.span} tokens together, so the residual must be a "
                     f"multiple of {codec.span}, got {self.residual}"
                 )
+
+    def of_layer(self, index: int, layers: int) -> "Storage":
+        """Say how layer ``index`` of so many is stored; at most half are skipped at either end."""
+        skip = min(self.skip, layers // 2)
+        if skip <= index < layers - skip:
+            return self
+        return Storage(Plain(), Plain())
 
     def coded_keys(self, count: Tensor) -> Tensor:
         """Say how many of ``count`` keys are codes: with a residual, whole multiples of it."""

@@ -2,8 +2,9 @@
 
 Micikevicius et al., 2022, FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433
 
-Differs from serving engines such as vLLM, whose scale is one number a tensor, 1 unless
-calibrated: here the largest channel of each token and head becomes the largest number there is.
+Differs from vLLM's `fp8`, which is `fp8_e4m3` here: its scale is one number a tensor, 1 unless
+calibrated. Here the largest channel of each token and head becomes the largest number there is, as
+under vLLM's `fp8_per_token_head`.
 """
 
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ class Float8:
         codes = (tokens.float() / step).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
         return codes.view(torch.uint8), scale
 
-    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+    def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Restore (..., n, D)."""
         codes, scale = parts
-        return (codes.view(torch.float8_e4m3fn).float() * scale.float()).to(scale.dtype)
+        return (codes.view(torch.float8_e4m3fn).float() * scale.float()).to(dtype)

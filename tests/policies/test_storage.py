@@ -11,8 +11,9 @@ from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.policies import get_policy
 from pytest_kvguard.policies.full import full
 from pytest_kvguard.policies.modifiers import MODIFIERS
-from pytest_kvguard.storage.affine import Affine, pack, unpack
+from pytest_kvguard.storage.affine import Affine
 from pytest_kvguard.storage.base import Storage
+from pytest_kvguard.storage.bits import pack, unpack
 from pytest_kvguard.storage.fp8 import Float8
 from pytest_kvguard.storage.kivi import kivi
 
@@ -49,7 +50,7 @@ def test_keys_are_rounded_by_channel_over_neighbouring_tokens(bits, dtype):
                 place = (0, head, slice(start, start + 8), channel)
                 group = keys[place].double().tolist()
                 expected[place] = torch.tensor(round_trip(group, bits, dtype), dtype=torch.float64)
-    restored = codec.decode(codec.encode(keys))
+    restored = codec.decode(codec.encode(keys), dtype)
     assert restored.dtype == dtype
     close_to(restored[0], expected[0], dtype)
 
@@ -64,7 +65,7 @@ def test_values_are_rounded_by_token_over_neighbouring_channels(bits, dtype):
             place = (1, 2, token, slice(start, start + 4))
             group = values[place].double().tolist()
             expected[place] = torch.tensor(round_trip(group, bits, dtype), dtype=torch.float64)
-    close_to(codec.decode(codec.encode(values))[1, 2], expected[1, 2], dtype)
+    close_to(codec.decode(codec.encode(values), dtype)[1, 2], expected[1, 2], dtype)
 
 
 def close_to(restored: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -85,8 +86,9 @@ def test_packing_loses_nothing_and_fills_every_bit(bits):
 def test_a_group_all_alike_is_restored_exactly():
     same = torch.full((1, 1, 4, 8), 0.7)
     for codec in (Affine(2, span=4, width=1), Affine(4), Float8()):
-        torch.testing.assert_close(codec.decode(codec.encode(same)), same, rtol=1e-6, atol=0)
-        nothing = codec.decode(codec.encode(0 * same))
+        restored = codec.decode(codec.encode(same), same.dtype)
+        torch.testing.assert_close(restored, same, rtol=1e-6, atol=0)
+        nothing = codec.decode(codec.encode(0 * same), same.dtype)
         assert nothing.equal(0 * same)
 
 
@@ -110,7 +112,7 @@ def test_the_largest_channel_of_a_token_becomes_the_largest_8_bit_float():
     codes, scales = Float8().encode(values)
     largest = codes.view(torch.float8_e4m3fn).float().abs().amax(dim=-1)
     assert (largest == 448).all()
-    restored = Float8().decode((codes, scales))
+    restored = Float8().decode((codes, scales), values.dtype)
     for token in range(6):
         numbers = values[0, 1, token].double().tolist()
         scale = in_type(max(abs(x) for x in numbers) / 448, torch.float32)

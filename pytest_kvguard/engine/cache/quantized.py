@@ -30,6 +30,8 @@ class QuantizedCache(LayerCache):
     def __init__(
         self, rows: Rows, layer: StackLayer, index: int, cursor: Cursor, storage: Storage
     ) -> None:
+        layers = rows.kept[0].prefill.stack.layers
+        storage = storage.of_layer(list(layers).index(layer.layer), len(layers))
         self.storage = storage
         most, device = rows.most(layer, index), layer.keys.device
         # A group of tokens is looked at as a whole, also behind the newest.
@@ -126,12 +128,14 @@ def restored(storage: Storage, keys: Tensor, values: Tensor) -> tuple[Tensor, Te
     """Put keys and values (R, Hkv, n, D), each token by itself, through their codecs."""
     if storage.keys == storage.values and keys.shape == values.shape:  # one go for both
         both = torch.cat([keys, values], dim=1)
-        first, second = storage.keys.decode(storage.keys.encode(both)).chunk(2, dim=1)
+        first, second = round_trip(storage.keys, both).chunk(2, dim=1)
         return first, second
-    return (
-        storage.keys.decode(storage.keys.encode(keys)),
-        storage.values.decode(storage.values.encode(values)),
-    )
+    return round_trip(storage.keys, keys), round_trip(storage.values, values)
+
+
+def round_trip(codec: Codec, tokens: Tensor) -> Tensor:
+    """Return what tokens (..., n, D) are restored to from their codes."""
+    return codec.decode(codec.encode(tokens), tokens.dtype)
 
 
 def restore(held: Tensor, codec: Codec, start: Tensor, end: Tensor, most: int) -> None:
@@ -146,8 +150,7 @@ def restore(held: Tensor, codec: Codec, start: Tensor, end: Tensor, most: int) -
     new = place < end.unsqueeze(-1)
     spot = place.clamp(max=held.shape[2] - 1).unsqueeze(-1).expand(-1, -1, -1, held.shape[-1])
     tokens = held.gather(2, spot)
-    coded = codec.decode(codec.encode(tokens))
-    held.scatter_(2, spot, torch.where(new.unsqueeze(-1), coded, tokens))
+    held.scatter_(2, spot, torch.where(new.unsqueeze(-1), round_trip(codec, tokens), tokens))
 
 
 def stored_bytes(codec: Codec, held: Tensor, coded: Tensor, count: Tensor) -> Tensor:
