@@ -1,5 +1,6 @@
 """What the factories of policies accept, each with an error that says what would do."""
 
+import math
 from collections.abc import Mapping
 from numbers import Integral, Real
 from types import MappingProxyType
@@ -27,6 +28,21 @@ def check_share(name: str, value: float) -> float:
     if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:
         raise InvalidArgument(f"{name} must be in [0, 1], got {value!r}")
     return float(value)
+
+
+def check_positive(name: str, value: float) -> float:
+    """Return a finite number above 0; raise InvalidArgument for anything else."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise InvalidArgument(f"{name} must be a finite number above 0, got {value!r}")
+    return float(value)
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """Return True or False; raise InvalidArgument for anything else."""
+    if not isinstance(value, bool):
+        raise InvalidArgument(f"{name} must be True or False, got {value!r}")
+    return value
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:

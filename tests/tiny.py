@@ -97,6 +97,9 @@ FAMILIES = {
     ),
 }
 
+WIDE = "llama_wide"
+"""Of heads as wide as formats ask for that encode blocks of channels."""
+
 
 def seeded(cls: type, config: object) -> PreTrainedModel:
     with torch.random.fork_rng():
@@ -106,7 +109,7 @@ def seeded(cls: type, config: object) -> PreTrainedModel:
 
 @cache
 def family(name: str) -> PreTrainedModel:
-    return FAMILIES[name]()
+    return llama(head_dim=64) if name == WIDE else FAMILIES[name]()
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:

@@ -61,8 +61,8 @@ POLICIES: dict[str, Callable[..., Policy]] = {
 def get_policy(spec: Spec | str) -> Policy:
     """Make the policy a spec names, as typed: ``"snapkv(window=16)"``, ``"shotkv+h2o@0.5"``.
 
-    A modifier that stands alone is applied to the full cache. Raises UnknownName for a name or
-    parameter nobody knows, InvalidArgument for a bad value.
+    A modifier that stands alone, or behind ``full``, is applied to the full cache. Raises
+    UnknownName for a name or parameter nobody knows, InvalidArgument for a bad value.
     """
     spec = parse(spec) if isinstance(spec, str) else spec
     first, modifiers = Spec(spec.name, spec.params), spec.modifiers
@@ -73,6 +73,8 @@ def get_policy(spec: Spec | str) -> Policy:
                 f"prefill+{spec.decode}|{first}"
             )
         policy, modifiers = full(), (first, *modifiers)
+    elif first == Spec("full") and modifiers and spec.decode is None:
+        policy = full()
     else:
         policy = _named(first)
     if spec.decode is not None:

@@ -20,7 +20,7 @@ from pytest_kvguard.policies import get_policy
 from pytest_kvguard.policies.base import EMPTY, Policy
 from pytest_kvguard.policies.full import full
 from pytest_kvguard.policies.modifiers import MODIFIERS
-from pytest_kvguard.storage.base import Codec, Storage
+from pytest_kvguard.storage.base import Codec, Plain, Storage
 from tests.engine.grids import answers, prompts, run, without_draft
 from tests.engine.stock import (
     EVICTING,
@@ -33,7 +33,7 @@ from tests.engine.stock import (
     policy_of,
     steps,
 )
-from tests.tiny import family
+from tests.tiny import WIDE, family
 
 STORAGES = {
     "kivi": MODIFIERS["kivi"](bits=4, group=4, residual=4),
@@ -41,13 +41,22 @@ STORAGES = {
     "int8": MODIFIERS["int8"](),
     "fp8": MODIFIERS["fp8"](),
 }
+WIDE_HEADS = [
+    "fp8_e4m3",
+    "q8_0(values=q4_0)",
+    "q5_1(values=iq4_nl, rotate=False)",
+    "nvfp4",
+    "turboquant(keys=3, skip=1)",
+    "snapkv(window=5)|turboquant_k8v4(skip=0)",
+    "adakv(window=5, floor=0.0)|mxfp4",
+]
 QUERY_HEADS = 4
 WIDTHS = pytest.mark.parametrize("width", [1, 3, 8], ids=["step by step", "in threes", "in one go"])
 
 
 def rounded(tokens: Tensor, count: int, codec: Codec) -> Tensor:
     """The first ``count`` of (n, D) as codes would restore them, the others as they are."""
-    restored = codec.decode(codec.encode(tokens[None, :count]))[0]
+    restored = codec.decode(codec.encode(tokens[None, :count]), tokens.dtype)[0]
     return torch.cat([restored, tokens[count:]])
 
 
@@ -76,7 +85,7 @@ class RoundedCache(DynamicCache):
             for heads, ones in zip(self.seen[layer_idx], new, strict=True)
         )
         for which, heads in enumerate(self.seen[layer_idx]):
-            parts = []
+            parts, storage = [], self.storage.of_layer(layer_idx, len(self.seen))
             for head in heads:
                 n, residual = len(head), storage.residual
                 old = n - 1  # what was encoded before this token came
@@ -130,6 +139,12 @@ def test_what_eviction_leaves_is_stored_in_the_same_way(storage, width):
 def test_heads_that_hold_different_numbers_are_stored_in_the_same_way(storage, width):
     adakv = get_policy("adakv(window=5, floor=0.0)")
     check(family("llama"), STORAGES[storage](adakv), width)
+
+
+@WIDTHS
+@pytest.mark.parametrize("spec", WIDE_HEADS)
+def test_formats_of_engines_answer_as_a_cache_that_is_rounded_token_by_token(spec, width):
+    check(family(WIDE), get_policy(spec), width)
 
 
 def group_of(storage: Storage, *kept: Kept) -> Group:
@@ -245,6 +260,26 @@ def test_bytes_are_those_of_the_papers_arithmetic():
     keys = 40 * 12 * 4 // 8 + 10 * 12 * 2 * 4  # codes; scale and zero a channel of 4 tokens
     values = 36 * 12 * 4 // 8 + 36 * 3 * 2 * 4 + 4 * 12 * 4  # the last 4 as they are
     assert bytes_of(policy.store, kept) == 3 * 2 * (keys + values)
+
+
+def test_layers_at_either_end_cost_what_they_cost_as_they_are():
+    """40 tokens of 2 heads of 64 channels in 3 layers; 3 bits and a norm, 4 bits and two floats."""
+    policy, hook = get_policy("turboquant(keys=3, skip=1)"), AttentionHook(family(WIDE))
+    with hook.open():
+        _, _, kept = compressed(hook, policy)
+    tokens = 40 * 2
+    coded = tokens * (64 * 3 // 8 + 2 + 64 * 4 // 8 + 4)
+    assert bytes_of(policy.store, kept) == coded + 2 * tokens * 2 * 64 * 4
+
+
+@pytest.mark.parametrize(("skip", "plain"), [(0, []), (1, [2]), (2, [2])])
+def test_layers_at_either_end_are_counted_with_those_that_slide(skip, plain):
+    hook = AttentionHook(family("gemma3"))  # its first layer slides
+    policy = get_policy(f"turboquant(skip={skip})")
+    with hook.open():
+        _, _, kept = compressed(hook, policy)
+        caches = group_of(policy.store, kept).caches
+    assert [i for i in (1, 2) if caches[i].storage.keys == Plain()] == plain
 
 
 @pytest.mark.parametrize("storage", STORAGES)

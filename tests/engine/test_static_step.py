@@ -25,12 +25,21 @@ from pytest_kvguard.engine.cache.shared import SharedPrefixCache
 from pytest_kvguard.engine.model import AttentionHook
 from pytest_kvguard.policies import POLICIES, get_policy
 from tests.engine.batches import FULL, batch_of
-from tests.tiny import family
+from tests.tiny import WIDE, family
 
 STEPS = 64
 MOST_CALLS, MOST_CALLS_FULL = 250, 150  # ATen calls of one step, by layer
 
 STORED = ("kivi(bits=4, group=4, residual=4)", "int8", "fp8")
+IN_BLOCKS = (
+    "q8_0(values=q5_1)",
+    "q5_0(values=q4_0, rotate=False)",
+    "q4_1(values=iq4_nl)",
+    "mxfp4",
+    "nvfp4",
+    "turboquant(keys=3, signs=True, skip=1)",
+    "turboquant_k8v4",
+)  # of wide heads
 
 
 def way(name: str) -> object:
@@ -46,7 +55,11 @@ SPECS = (
     *WAYS.values(),
     *STORED,
     *(f"{policy}|{how}" for policy in ("adakv", "h2o") for how in STORED),
+    *IN_BLOCKS,
+    "fp8_e4m3",
+    "fp8_e5m2",
     "tova|fp8",
+    "h2o|q4_0(rotate=False)",
     "streaming_llm(positions=cache)",
     "h2o|whitelist(first=3)",
     "adakv(floor=0.0)+h2o@0.5",
@@ -55,6 +68,10 @@ SPECS = (
 )
 MIXED = ("snapkv", "pyramidinfer", "h2o", "quest", "knorm|int8", "tova|kivi(group=4, residual=4)")
 EVERY = pytest.mark.parametrize("spec", dict.fromkeys([*SPECS, *POLICIES]))
+
+
+def model_of(*specs: str) -> str:
+    return WIDE if {*IN_BLOCKS, "h2o|q4_0(rotate=False)"} & {*specs} else "llama"
 
 
 def step_of(batch: Batch) -> Callable[[Tensor], Tensor]:
@@ -87,7 +104,7 @@ def plainly(name: str, specs: tuple[str, ...], count: int) -> list[list]:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_step_compiles_as_a_whole_and_once(spec):
-    check_compiles("llama", spec)
+    check_compiles(model_of(spec), spec)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt_neox", "gemma2", "gemma3"])
@@ -137,7 +154,7 @@ class Tape(TorchDispatchMode):
 
 @pytest.mark.parametrize("specs", [*((spec,) for spec in SPECS), MIXED], ids="; ".join)
 def test_a_step_that_was_recorded_writes_on_when_it_is_replayed(specs):
-    hook = AttentionHook(family("llama"))
+    hook = AttentionHook(family(model_of(*specs)))
     with hook.open():
         batch, first = batch_of(hook, *specs)
         ids, step = first.clone(), step_of(batch)  # the one place that is read and written
@@ -151,7 +168,7 @@ def test_a_step_that_was_recorded_writes_on_when_it_is_replayed(specs):
         batch.counted()
         found = [began, chosen.flatten().tolist()]
         found += written(batch, ids, lambda _: tape.play(chosen), STEPS - 2)
-    assert found == plainly("llama", specs, STEPS)
+    assert found == plainly(model_of(*specs), specs, STEPS)
 
 
 class Calls(TorchDispatchMode):
@@ -182,7 +199,7 @@ FROM_THE_HOST = ("lift_fresh", "pin_memory")
 
 @cache
 def calls_of(*specs: str) -> Calls:
-    hook = AttentionHook(family("llama"))
+    hook = AttentionHook(family(model_of(*specs)))
     with hook.open():
         batch, ids = batch_of(hook, *specs)
         assert batch.hook.model.config.num_hidden_layers == 3
