@@ -15,6 +15,9 @@ CACHE_BLOCK = 64
 DEVICE_BLOCK = 2**28
 """Bytes of weights that exist together on an accelerator."""
 
+WIDE_PRODUCTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
+"""Whether torch multiplies half-precision matrices into float32 on a GPU."""
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -145,7 +148,7 @@ def products(query: Tensor, keys: Tensor, scaling: float = 1.0) -> Tensor:
     across = keys.transpose(-1, -2)
     if query.dtype in (torch.float32, torch.float64):
         return (query * scaling) @ across
-    if query.is_cuda:  # no copy of the keys in float32, and no rounding of the sums
+    if query.is_cuda and WIDE_PRODUCTS:  # no copy of the keys, and no rounding of the sums
         out = torch.bmm(query.flatten(0, 1), across.flatten(0, 1), out_dtype=torch.float32)
         return out.unflatten(0, query.shape[:2]).mul_(scaling)
     return (query.float() * scaling) @ across.float()

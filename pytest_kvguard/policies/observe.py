@@ -7,9 +7,6 @@ from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.policies.base import LayerState
 from pytest_kvguard.policies.logits import capped, softmax
 
-EVERY_QUERY = 2**31
-"""A window that no prompt is longer than."""
-
 
 def window_attention(state: LayerState, window: int) -> Tensor:
     """Return the attention of the last ``window`` queries, by key/value head.

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.parameters import check_count, check_share, frozen
-from pytest_kvguard.policies.base import LayerState, Policy
+from pytest_kvguard.policies.base import ALL_QUERIES, LayerState, Policy
 from pytest_kvguard.policies.budgets import narrowing, share
-from pytest_kvguard.policies.observe import EVERY_QUERY, window_attention
+from pytest_kvguard.policies.observe import window_attention
 from pytest_kvguard.policies.selectors import top_tokens
 
 
@@ -68,7 +68,7 @@ def _policy(name: str, recent: float, sinks: int, distance: float, *, narrows: b
         narrowing(recent),
         select,
         params=frozen(recent=recent, sinks=sinks, distance=distance),
-        window=EVERY_QUERY,
+        window=ALL_QUERIES,
         narrows=narrows,
     )
 

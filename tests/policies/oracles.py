@@ -19,7 +19,12 @@ Ranking = list[int]
 
 @lru_cache(maxsize=2)
 def attention(state: LayerState) -> list[list[list[float]]]:
-    """Causal softmax attention of every recorded query: [query head][query][key]."""
+    """Causal softmax attention of every recorded query: [query head][query][key].
+
+    With a soft cap where there is one; of a sink's weight nothing is left over.
+    """
+    cap = state.softcap
+    sinks = [None] * len(state.queries) if state.sinks is None else state.sinks.tolist()
     queries, keys = state.queries.double().tolist(), state.keys.double().tolist()
     group, length = len(queries) // len(keys), len(keys[0])
     first = length - len(queries[0])
@@ -27,10 +32,11 @@ def attention(state: LayerState) -> list[list[list[float]]]:
         [
             softmax(
                 [
-                    state.scaling * sum(a * b for a, b in zip(query, key, strict=True))
+                    capped(state.scaling * sum(a * b for a, b in zip(query, key, strict=True)), cap)
                     for key in keys[head // group][: first + row + 1]
                 ],
                 length,
+                sinks[head],
             )
             for row, query in enumerate(rows)
         ]
@@ -38,10 +44,15 @@ def attention(state: LayerState) -> list[list[list[float]]]:
     ]
 
 
-def softmax(logits: list[float], length: int) -> list[float]:
+def capped(logit: float, cap: float | None) -> float:
+    return logit if cap is None else cap * math.tanh(logit / cap)
+
+
+def softmax(logits: list[float], length: int, sink: float | None = None) -> list[float]:
     top = max(logits)
     weights = [math.exp(logit - top) for logit in logits]
-    return [weight / sum(weights) for weight in weights] + [0.0] * (length - len(logits))
+    total = sum(weights) + (0.0 if sink is None else math.exp(sink - top))
+    return [weight / total for weight in weights] + [0.0] * (length - len(logits))
 
 
 def votes(state: LayerState, head: int, window: int) -> list[list[float]]:

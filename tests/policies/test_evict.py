@@ -89,6 +89,14 @@ def test_heads_that_hold_the_same_round_as_those_that_do_not(heads):
     )
 
 
+@given(state=decode_states(), more=st.integers(1, 40))
+def test_to_know_a_limit_of_all_positions_changes_nothing(state, more):
+    limited = replace(state, limit=int(state.positions.max()) + more)
+    torch.testing.assert_close(
+        attention_of_all_heads(limited), attention_of_all_heads(state), rtol=0, atol=0
+    )
+
+
 @pytest.mark.parametrize("limit", [None, 9])
 @pytest.mark.parametrize("name", [n for n in POLICIES if get_policy(n).decode is not None])
 def test_nothing_waits_for_the_device(name, limit):

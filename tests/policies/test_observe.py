@@ -23,6 +23,18 @@ def test_window_attention_is_the_causal_softmax_of_the_last_queries(heads, group
     torch.testing.assert_close(seen.flatten(0, 1), expected.float())
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_soft_caps_and_attention_sinks_are_those_of_the_model(softcap, sinks):
+    state = a_state(9, heads=2, group=2)
+    logits = torch.tensor([2.0, -1.0, 0.5, 3.0]) if sinks else None
+    state = replace(state, softcap=softcap, sinks=logits)
+    seen = window_attention(state, 4).flatten(0, 1)
+    torch.testing.assert_close(seen, torch.tensor(oracles.attention(state))[:, -4:].float())
+    total = seen.sum(dim=-1)
+    assert bool((total < 0.999).all()) if sinks else torch.allclose(total, torch.ones(4, 4))
+
+
 def test_the_last_queries_vote_when_only_those_were_recorded():
     whole, last = a_state(9), a_state(9, window=3)
     torch.testing.assert_close(window_attention(last, 3), window_attention(whole, 3))
