@@ -4,21 +4,19 @@ The cells of the table are read from a policy's fields, or found by trying it on
 differ in one thing. The sections are docstrings.
 """
 
-import inspect
-import re
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from pages import link, paper, sections, table
 from torch import Tensor
 
 from pytest_kvguard.policies import POLICIES
 from pytest_kvguard.policies.base import DecodeState, LayerState, Modifier, Passage, Policy
-from pytest_kvguard.policies.full import full
 from pytest_kvguard.policies.modifiers import MODIFIERS
 from pytest_kvguard.policies.snapkv import snapkv
+from pytest_kvguard.storage import FORMATS
 
 PAGE = Path(__file__).with_name("policies.md")
 LENGTH = 384  # positions; more than any default window or pair of runs
@@ -54,9 +52,10 @@ MODIFYING = """\
 
 Behind a bar, a modifier changes any policy it can: `snapkv|kivi(bits=4)`.
 
+Storage formats, `kivi` and others, are listed in [formats.md](formats.md). They also stand alone,
+on the full cache: the keep ratio is then the share of its bytes.
+
 - **changes**: what is different about `snapkv` behind it
-- **alone**: whether it does something to the full cache too; the keep ratio is then the share of
-  its bytes
 """
 
 FIELDS = {
@@ -81,7 +80,6 @@ CHANGES = {
     "reuse": "which layers select",
     "rerotate": "where keys stand",
     "decode": "what goes while decoding",
-    "store": "how it is stored",
     "read": "what is read",
 }
 """What a modifier may replace, and the words for it."""
@@ -89,31 +87,30 @@ CHANGES = {
 NEEDED = {"whitelist": {"first": 4}}
 """Parameters of modifiers that do nothing without."""
 
-Factory = Callable[..., Policy] | Callable[..., Modifier]
-
 
 def page() -> str:
     """Return the page."""
     head = ("policy", "paper", "saves", "decides by", "heads", "layers", "while decoding", "costs")
     rows = [_row(name, make()) for name, make in POLICIES.items()]
-    modifiers = [_modifier(name, make(**NEEDED.get(name, {}))) for name, make in MODIFIERS.items()]
+    selecting = {name: make for name, make in MODIFIERS.items() if name not in FORMATS}
+    modifiers = [_modifier(name, make(**NEEDED.get(name, {}))) for name, make in selecting.items()]
     return "\n".join(
         [
             INTRODUCTION,
-            _table(head, rows),
+            table(head, rows),
             COSTS,
-            *_sections(POLICIES),
+            *sections(POLICIES),
             MODIFYING,
-            _table(("modifier", "paper", "changes", "alone"), modifiers),
-            *_sections(MODIFIERS),
+            table(("modifier", "paper", "changes"), modifiers),
+            *sections(selecting),
         ]
     )
 
 
 def _row(name: str, policy: Policy) -> tuple[str, ...]:
     return (
-        _link(name, POLICIES[name]),
-        _paper(POLICIES[name]),
+        link(name, POLICIES[name]),
+        paper(POLICIES[name]),
         policy.saves,
         _looked_at(policy),
         _heads(policy),
@@ -131,13 +128,7 @@ def _modifier(name: str, modify: Modifier) -> tuple[str, ...]:
         for field, said in CHANGES.items()
         if getattr(changed, field) != getattr(host, field)
     }
-    alone = "yes" if modify(full()).store else "no"
-    return _link(name, MODIFIERS[name]), _paper(MODIFIERS[name]), ", ".join(words), alone
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [head, ["---"] * len(tuple(head)), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return link(name, MODIFIERS[name]), paper(MODIFIERS[name]), ", ".join(words)
 
 
 def _looked_at(policy: Policy) -> str:
@@ -260,59 +251,6 @@ def _step() -> DecodeState:
         budget=torch.tensor([slots // 2]),
         ratio=torch.tensor([0.5], dtype=torch.float64),
     )
-
-
-def _sections(factories: Mapping[str, Factory]) -> list[str]:
-    papers: dict[str, dict[str, Factory]] = {}
-    for name, factory in factories.items():
-        papers.setdefault(factory.__module__, {})[name] = factory
-    return [_section(module, made) for module, made in papers.items()]
-
-
-def _section(module: str, factories: Mapping[str, Factory]) -> str:
-    """Return what the docstrings of a module and its factories say."""
-    first, *rest = _paragraphs(_doc(sys.modules[module]))
-    title, _, summary = first.partition(": ")
-    made = [text for name, factory in factories.items() for text in _factory(name, factory)]
-    return "\n".join([f"## {title}\n", summary[:1].upper() + summary[1:], *rest, *made])
-
-
-def _factory(name: str, factory: Factory) -> list[str]:
-    known = inspect.signature(factory).parameters.values()
-    typed = ", ".join(f"{parameter.name}={parameter.default!r}" for parameter in known)
-    first, *rest = _paragraphs(_doc(factory))
-    return [f"`{name}({typed})`: {first}", *rest]
-
-
-def _link(name: str, factory: Factory) -> str:
-    title = _doc(sys.modules[factory.__module__]).partition(":")[0]
-    return f"[`{name}`](#{title.lower().replace(' ', '-')})"
-
-
-def _paper(factory: Factory) -> str:
-    """Return links to the addresses a factory's module names."""
-    doc = _doc(sys.modules[factory.__module__])
-    found = dict.fromkeys(re.findall(r"https://[^\s,;:]+[^\s,;:.]", doc))
-    return ", ".join(f"[{address.rpartition('/')[2]}]({address})" for address in found)
-
-
-def _paragraphs(doc: str) -> list[str]:
-    """Return the paragraphs as Markdown; lines of a word, a gap and a text become a list."""
-    text = doc.replace("``", "`").replace("Differs from", "**Differs** from")
-    return [_markdown(paragraph) + "\n" for paragraph in text.split("\n\n")]
-
-
-def _markdown(paragraph: str) -> str:
-    if re.match(r"\w+ {2,}", paragraph):
-        entries = [
-            re.split(r" {2,}", line, maxsplit=1) for line in re.split(r"\n(?=\w)", paragraph)
-        ]
-        return "\n".join(f"- *{word}*: {' '.join(said.split())}" for word, said in entries)
-    return " ".join(re.sub(r"(https://\S+\w)\n", r"\1; ", paragraph).split())
-
-
-def _doc(thing: object) -> str:
-    return inspect.getdoc(thing) or ""
 
 
 if __name__ == "__main__":

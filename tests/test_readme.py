@@ -114,7 +114,14 @@ def test_a_model_of_ones_own_comes_from_the_fixture_shown(pytester):
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "CONTRIBUTING.md", "docs/report.md", "docs/policies.md", "docs/kvpress.md"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/report.md",
+        "docs/policies.md",
+        "docs/formats.md",
+        "docs/kvpress.md",
+    ],
 )
 def test_links_lead_somewhere(document):
     path = ROOT / document

@@ -10,9 +10,8 @@ nvfp4      blocks of 16 whose scale is an 8-bit float (E4M3) of max |x| / 6 over
            whole tensor, which is given, as vLLM's `--kv-cache-dtype nvfp4` and TensorRT-LLM do,
            https://developer.nvidia.com/blog/optimizing-inference-for-long-context-and-large-batch-sizes-with-nvfp4-kv-cache
 
-Differs from engines: the scale of the whole tensor is the same for all layers, and 1 by default,
-which is what vLLM takes for a checkpoint without scales. It takes no bytes here: it is one number
-a layer.
+Differs from engines: the scale of the whole tensor is given, the same for all layers, where a
+calibrated checkpoint has one for each. It takes no bytes here: it is one number a layer.
 """
 
 from collections.abc import Sequence

@@ -4,7 +4,7 @@ Micikevicius et al., 2022, FP8 Formats for Deep Learning, https://arxiv.org/abs/
 
 Differs from vLLM's `fp8`, which is `fp8_e4m3` here: its scale is one number a tensor, 1 unless
 calibrated. Here the largest channel of each token and head becomes the largest number there is, as
-under vLLM's `fp8_per_token_head`.
+under vLLM's `fp8_per_token_head`, whose scales take 4 bytes; here they are of the model's type.
 """
 
 from collections.abc import Sequence

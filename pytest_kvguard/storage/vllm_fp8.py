@@ -6,7 +6,8 @@ what is stored of x is the nearest 8-bit float to x / scale, the largest there i
 beyond it, csrc/quantization/w8a8/fp8/nvidia/quant_utils.cuh.
 
 Differs from vLLM: a calibrated checkpoint has a scale for each layer, or for each head of each
-layer; here `k_scale` and `v_scale` hold for all of them. vLLM takes no scales for E5M2.
+layer; here `k_scale` and `v_scale` hold for all of them. vLLM takes no scales of a checkpoint for
+E5M2.
 """
 
 from collections.abc import Sequence
