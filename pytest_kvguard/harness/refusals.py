@@ -67,7 +67,7 @@ def _idle_storage(kept: Run) -> Iterator[str]:
     if kept.bytes_held >= kept.bytes_full:
         yield (
             f"the cache takes {kept.bytes_held} bytes, {kept.bytes_full} in full, so passing would "
-            f"prove nothing; use longer prompts or a smaller residual"
+            f"prove nothing; use longer prompts, a smaller residual or skip fewer layers"
         )
     elif kept.bytes_held > (kept.ratio + ROUNDING) * kept.bytes_full:
         share = kept.bytes_held / kept.bytes_full

@@ -38,7 +38,6 @@ from pytest_kvguard.storage.constants import table
 from pytest_kvguard.storage.rotation import Rotated
 
 BLOCK = 32
-TINY = 1e-15  # of a block of iq4_nl: below, it is all zeros
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 MIDDLES = tuple((one + other) / 2 for one, other in pairwise(LEVELS))
 
@@ -132,15 +131,12 @@ class Uneven:
     def encode(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Encode (..., n, D): packed codes and scales (..., n, D / 32) float16."""
         x = blocks(tokens)
-        first = largest(x) / LEVELS[0]
-        near = (x * inverse(first)).contiguous()
+        near = (x * inverse(largest(x) / LEVELS[0])).contiguous()
         codes = torch.bucketize(near, table(MIDDLES, x.device), right=True)
         level, weight = table(LEVELS, x.device)[codes], x * x
         norm = (weight * level * level).sum(dim=-1, keepdim=True)
         fitted = (weight * level * x).sum(dim=-1, keepdim=True) / torch.where(norm > 0, norm, 1.0)
-        empty = first.abs() * -LEVELS[0] < TINY
-        codes, scale = codes.masked_fill(empty, 0), fitted.masked_fill(empty, 0)
-        return *pack(codes.byte(), 4), scale.half().squeeze(-1)
+        return *pack(codes.byte(), 4), fitted.half().squeeze(-1)
 
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Restore (..., n, D)."""

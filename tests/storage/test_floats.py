@@ -84,6 +84,9 @@ def test_keys_and_values_have_scales_of_their_own():
     assert store.values == ScaledFloat8(torch.float8_e5m2, 2.0)
     assert store.params == {"k_scale": 0.5, "v_scale": 2.0}
     assert fp8_e4m3().keys == ScaledFloat8(torch.float8_e4m3fn, 1.0)
+    store = get_policy("nvfp4(k_scale=0.5, v_scale=2)").store
+    assert (store.keys, store.values) == (NVFP4(0.5), NVFP4(2.0))
+    assert store.params == {"k_scale": 0.5, "v_scale": 2.0}
 
 
 def corners() -> torch.Tensor:
@@ -126,13 +129,15 @@ def test_nvfp4_is_the_nearest_under_an_8_bit_float_and_a_scale_of_the_tensor(tok
         width = np.float32(step) * whole
         expected = [nearest(float(x / width), E2M1) * width if width else 0.0 for x in row]
         assert own == [float(np.float32(x)) for x in expected]
+    empty = (steps == 0).repeat_interleave(8, dim=-1)  # nothing but zeros of either sign
+    assert set(codes[empty].tolist()) <= {0x00, 0x08, 0x80, 0x88}
 
 
 def test_codes_lie_in_nibbles_the_first_channel_lowest():
     tokens = torch.zeros(1, 1, 1, 32)
-    tokens[..., :4] = torch.tensor([6.0, -0.5, 4.0, -3.0])
+    tokens[..., :6] = torch.tensor([6.0, -0.5, 4.0, -3.0, -0.0, 0.0])
     codes, powers = MXFP4().encode(tokens)
-    assert codes[0, 0, 0, :3].tolist() == [7 | 9 << 4, 6 | 13 << 4, 0]
+    assert codes[0, 0, 0, :3].tolist() == [7 | 9 << 4, 6 | 13 << 4, 8]
     assert powers.flatten().tolist() == [127]
 
 

@@ -73,7 +73,7 @@ LOOPS = {
 
 def corners() -> Tensor:
     """Blocks in which rounding, ties and empty scales show, (1, 1, n, 64)."""
-    rows = torch.zeros(8, 64)
+    rows = torch.zeros(10, 64)
     rows[0, 5], rows[0, 9] = -3.0, 3.0  # as large either way: the first says the sign
     rows[1, 5], rows[1, 9] = 3.0, -3.0
     rows[2] = torch.arange(64) - 31.5  # halves
@@ -82,6 +82,10 @@ def corners() -> Tensor:
     rows[5] = -1e-20
     rows[6] = torch.linspace(-127, 127, 64) / 2
     rows[7, ::7] = 6e4  # near the end of 16-bit floats
+    rows[8] = torch.arange(64) % 9 - 4.5  # halves of q8_0 under a scale of 1
+    rows[8, [0, 32]] = 127.0
+    rows[9, 1:16] = rows[9, 33:48] = -torch.tensor(LEVELS[:-1] + np.diff(LEVELS) / 2)
+    rows[9, [0, 32]] = torch.tensor([127.0, -127.0])  # between levels of iq4_nl under 1 and -1
     return rows[None, None]
 
 

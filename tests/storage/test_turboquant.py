@@ -124,6 +124,12 @@ def test_a_value_is_uniform_between_its_smallest_and_largest_channel(bits):
         assert row.tolist() == [float(np.float32(code) * step + zero) for code in codes]
 
 
+def test_a_value_that_hardly_changes_is_its_smallest_channel():
+    """`v_scale` is at least 1e-8."""
+    packed, scale, low = Uniform(4).encode(torch.linspace(0, 1e-9, 32)[None, None, None])
+    assert not any(part.any() for part in (packed, scale, low))
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_codes_lie_in_bytes_as_in_a_slot(bits):
     """Bit i * bits of a little-endian number begins the code of channel i."""
