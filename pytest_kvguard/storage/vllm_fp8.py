@@ -7,7 +7,7 @@ beyond it, csrc/quantization/w8a8/fp8/nvidia/quant_utils.cuh.
 
 Differs from vLLM: a calibrated checkpoint has a scale for each layer, or for each head of each
 layer; here `k_scale` and `v_scale` hold for all of them. vLLM takes no scales of a checkpoint for
-E5M2.
+E5M2. Some of its attention kernels round queries to 8 bits as well.
 """
 
 from collections.abc import Sequence
