@@ -205,7 +205,7 @@ class Comparison:
             return
         yield f"n = {self._counted} cannot decide: {limit} lies within dP {self._change}"
         if needed := self.samples_needed:
-            alike = " in contexts of as many" if self.clusters < self.n else ""
+            alike = ", as many to a context," if self.clusters < self.n else ""
             yield f"about {needed} samples{alike} would decide"
         seen = stats.smallest_drop_seen(self._base, self._kept, clusters=self.base.contexts)
         yield f"{self.n} samples show drops from about {seen:.0%} up"

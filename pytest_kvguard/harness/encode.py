@@ -49,7 +49,7 @@ def contexts(samples: Sequence[Sample], prompts: Sequence[Prompt]) -> dict[str, 
     first: dict[tuple[int, ...], str] = {}
     found = {}
     for sample, prompt in zip(samples, prompts, strict=True):
-        before = [p for p in prompt.about.passages if p.span.start < prompt.context]
+        before = [p for p in prompt.about.passages if p.positions.start < prompt.context]
         if prompt.context and (prompt.ahead or any(p.kind in DRAWN for p in before)):
             found[sample.id] = first.setdefault(prompt.ids[: prompt.context], sample.id)
     return found

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.harness.clustered import Clusters, Unseen, widest_limits
-from pytest_kvguard.harness.score_test import Table, null_variance, ratio_limits
+from pytest_kvguard.harness.score_test import NOTHING, Table, null_variance, ratio_limits
 
 Scores: TypeAlias = NDArray[np.float64]
 Interval: TypeAlias = tuple[float, float]
@@ -121,6 +121,10 @@ def _clustered_interval(
 ) -> Interval:
     """Invert the test that `interval` would, with the variance and the quantile of clusters."""
     table = Table.of(before, after)
+    if table.right < NOTHING:
+        return -1.0, math.inf
+    if table.still < NOTHING:
+        table, after = Table(0.0, table.right, 0.0), np.zeros_like(before)
     (var_kept, cov), (_, var_base) = np.cov(after, before) * len(before)  # of the sums
     by_score_test = _by_score_test(before, after)
 
