@@ -1,6 +1,7 @@
 """Oracles: statsmodels, the effective number of its source, clusters added by hand."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import t as student
 
+from benchmarks.error_rates import Setting, draw
 from pytest_kvguard.errors import InvalidArgument
 from pytest_kvguard.harness.clustered import Clusters, widest_limits
 from pytest_kvguard.harness.score_test import Table, null_variance
@@ -19,7 +21,6 @@ from pytest_kvguard.harness.stats import (
     score_interval,
     smallest_drop_seen,
 )
-from tests.harness.clusters import draw
 
 marks = st.sampled_from([0.0, 0.0, 0.25, 1.0, 1.0])
 rows = st.lists(st.tuples(marks, marks, st.integers(0, 7)), min_size=3, max_size=40).filter(
@@ -28,8 +29,8 @@ rows = st.lists(st.tuples(marks, marks, st.integers(0, 7)), min_size=3, max_size
 
 
 def sample(seed=0, clusters=20, size=5, *, graded=False, loss=0.15):
-    rng = np.random.default_rng(seed)
-    return draw(rng, clusters, size, icc=0.4, base=0.8, loss=loss, mended=0.1, graded=graded)
+    setting = Setting(clusters * size, size, icc=0.4, base=0.8, mended=0.1, graded=graded)
+    return draw(np.random.default_rng(seed), setting, loss)
 
 
 def ratio(base, kept):
@@ -210,26 +211,27 @@ def test_a_statistic_that_is_small_again_farther_out_makes_no_hole():
 
 @pytest.mark.parametrize(("seed", "size"), [(1, 5), (2, 4)])
 def test_the_samples_said_to_be_needed_decide_four_times_in_five(seed, size):
-    loss = {"icc": 0.4, "base": 0.9, "loss": 0.03, "mended": 0.1}
+    setting = Setting(2000 * size, size, icc=0.4, base=0.9, mended=0.1)
     rng = np.random.default_rng(seed)
-    base, kept, labels = draw(rng, 2000, size, **loss)
+    base, kept, labels = draw(rng, setting, 0.03)
     n = samples_needed(base, kept, -0.10, clusters=labels.tolist())
     assert n > 1.5 * samples_needed(base, kept, -0.10)
     passed = []
     for _ in range(300):
-        base, kept, labels = draw(rng, math.ceil(n / size), size, **loss)
+        base, kept, labels = draw(rng, replace(setting, n=n), 0.03)
         passed.append(interval(base, kept, clusters=labels.tolist())[0] > -0.10)
     assert 0.7 < np.mean(passed) < 0.9
 
 
 def test_a_drop_as_large_as_the_smallest_seen_is_mostly_seen():
     rng = np.random.default_rng(7)
-    found = [draw(rng, 40, 5, icc=0.4, base=0.7, loss=0.2, mended=0.3) for _ in range(50)]
+    setting = Setting(200, 5, icc=0.4, base=0.7, mended=0.3)
+    found = [draw(rng, setting, 0.2) for _ in range(50)]
     drop = np.mean([smallest_drop_seen(b, k, clusters=labels.tolist()) for b, k, labels in found])
     assert drop > 1.3 * np.mean([smallest_drop_seen(b, k) for b, k, _ in found])
     seen = []
     for _ in range(300):
-        base, kept, labels = draw(rng, 40, 5, icc=0.4, base=0.7, loss=drop, mended=0.3)
+        base, kept, labels = draw(rng, setting, drop)
         seen.append(interval(base, kept, clusters=labels.tolist())[1] < 0)
     assert 0.7 < np.mean(seen) < 0.95, drop
 
