@@ -239,3 +239,32 @@ def test_a_drop_as_large_as_the_smallest_seen_is_mostly_seen():
 def test_labels_go_with_samples():
     with pytest.raises(InvalidArgument, match="got 2 samples and 1 clusters"):
         interval([1.0, 1.0], [1.0, 0.0], clusters=["a"])
+
+
+def test_the_size_is_that_of_the_cluster_of_an_average_sample():
+    labels = np.repeat(np.arange(4), [1, 2, 3, 10])
+    seen = Clusters.of(np.ones(16), np.ones(16), labels)
+    assert seen.size == np.mean(np.bincount(labels)[labels])
+
+
+@pytest.mark.parametrize("clusters", [4, 90])
+def test_samples_needed_without_a_change_is_what_the_interval_needs(clusters):
+    def unchanged(number):
+        return np.ones(5 * number), np.repeat(np.arange(number), 5).tolist()
+
+    base, labels = unchanged(clusters)
+    n = samples_needed(base, base, -0.10, clusters=labels)
+    enough = math.ceil(n / 5)
+    for number, passes in ((enough, True), (enough - 1, False)):
+        base, labels = unchanged(number)
+        assert (interval(base, base, clusters=labels)[0] > -0.10) is passes
+
+
+@pytest.mark.parametrize(("loss", "limit"), [(0.0, -0.2), (0.2, -0.1)])
+def test_more_samples_prove_a_loss_harmless_than_prove_it(loss, limit):
+    base, kept, labels = draw(np.random.default_rng(8), Setting(100, 5, 0.1, 0.8, 0.1), loss)
+    harmless, harm = (
+        samples_needed(base, kept, limit, clusters=labels.tolist(), higher_is_better=higher)
+        for higher in ((True, False) if relative_change(base, kept) > limit else (False, True))
+    )
+    assert harmless > harm
