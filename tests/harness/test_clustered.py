@@ -268,3 +268,12 @@ def test_more_samples_prove_a_loss_harmless_than_prove_it(loss, limit):
         for higher in ((True, False) if relative_change(base, kept) > limit else (False, True))
     )
     assert harmless > harm
+
+
+def test_samples_needed_are_those_whatever_number_of_like_clusters_was_seen():
+    base, kept, labels = draw(np.random.default_rng(9), Setting(60, 5, 0.1, 0.8, 0.1), 0.0)
+    once = samples_needed(base, kept, -0.2, clusters=labels.tolist())
+    thrice = samples_needed(
+        np.tile(base, 3), np.tile(kept, 3), -0.2, clusters=[*labels, *labels + 50, *labels + 99]
+    )
+    assert thrice == pytest.approx(once, rel=0.02)
