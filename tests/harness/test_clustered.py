@@ -277,3 +277,10 @@ def test_samples_needed_are_those_whatever_number_of_like_clusters_was_seen():
         np.tile(base, 3), np.tile(kept, 3), -0.2, clusters=[*labels, *labels + 50, *labels + 99]
     )
     assert thrice == pytest.approx(once, rel=0.02)
+
+
+@pytest.mark.parametrize(("contexts", "passes"), [(26, False), (27, True)])
+def test_twenty_seven_contexts_without_a_change_pass_at_a_tenth(contexts, passes):
+    labels = np.repeat(np.arange(contexts), 5).tolist()
+    same = np.ones(len(labels))
+    assert (interval(same, same, clusters=labels)[0] > -0.10) is passes
