@@ -46,6 +46,7 @@ class Clusters:
 
     number: int
     effective: float  # 1..number; fewer than there are where sizes differ
+    changed: int  # clusters with a sample whose score changed
     size: float  # samples in the cluster of an average sample
     base: float  # mean score of the baseline, above 0
     kept: float  # mean score of the other run
@@ -64,6 +65,7 @@ class Clusters:
             number=len(sizes),
             # As though all samples of a cluster were one, the worst case of the source.
             effective=float((sizes**2).sum() ** 2 / (sizes**4).sum()),
+            changed=len(np.unique(of_sample[base != kept])),
             size=float((sizes**2).sum() / sizes.sum()),
             base=float(base.mean()),
             kept=float(kept.mean()),

@@ -65,8 +65,9 @@ def interval(
     With clusters, whichever test it is has its variance multiplied by the design effect, and its
     quantile is that of t for the number of clusters: see `Clusters`. The end towards which scores
     get worse counts a cluster that was not seen and got worse as a whole: where contexts seldom
-    break, but then break whole, samples without such a one are no proof. Never narrower than
-    without clusters; (-1, inf) for a single one.
+    break, but then break whole, samples without such a one are no proof. Fractional scores that
+    changed in fewer than FEWEST_DIFFERENT clusters have that end no nearer than the score test
+    puts it. Never narrower than without clusters; (-1, inf) for a single one.
     """
     before, after = _paired(base, kept)
     shared = _shared(before, after, clusters)
@@ -129,11 +130,13 @@ def _clustered_interval(
     by_score_test = _by_score_test(before, after)
 
     def statistic(theta: float, unseen: Unseen | None) -> float:
-        variance = (
-            null_variance(table, theta)
-            if by_score_test
-            else max(var_kept - 2 * theta * cov + theta**2 * var_base, 0.0)
-        )
+        seen = max(var_kept - 2 * theta * cov + theta**2 * var_base, 0.0)
+        if by_score_test:
+            variance = null_variance(table, theta)
+        elif unseen and clusters.changed < FEWEST_DIFFERENT:
+            variance = max(null_variance(table, theta), seen)
+        else:
+            variance = seen
         error = math.sqrt(variance * clusters.design_effect(theta, unseen=unseen))
         return (table.still - theta * table.right) / error if error else 0.0
 
