@@ -1,7 +1,7 @@
 """Everything a measurement can come to, drawn."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hypothesis import strategies as st
 
@@ -56,6 +56,13 @@ def marks(draw: st.DrawFn, *, sound: bool) -> tuple[dict[str, float], dict[str, 
     return scores[0], dict(list(scores[1].items())[lost:])
 
 
+def contexts(scores: Mapping[str, float]) -> st.SearchStrategy[dict[str, str]]:
+    """Draw which samples share a context: none, all, or some with some."""
+    labels = [{sample: str(i // size) for i, sample in enumerate(scores)} for size in (4, 99)]
+    some = dict(list(labels[0].items())[2:])
+    return st.sampled_from([{}, *labels, some])
+
+
 @st.composite
 def comparisons(draw: st.DrawFn, modes: Sequence[str] = MODES) -> Comparison:
     """Draw a comparison: of runs that can be judged, that cannot, and that are too weak."""
@@ -67,6 +74,7 @@ def comparisons(draw: st.DrawFn, modes: Sequence[str] = MODES) -> Comparison:
         "protocol": draw(st.sampled_from(["prompt", "context"])),
         "higher_is_better": draw(st.booleans()),
         "chance": 0.0 if sound else draw(below_one),
+        "clusters": draw(contexts(before)),
     }
     base = Run(
         policy=FULL,

@@ -29,5 +29,10 @@ def kept(right=47, n=50, **changes):
     return dataclasses.replace(run, **changes)
 
 
+def five_each(n=50):
+    """Clusters of five samples."""
+    return {f"s{i:02}": f"s{i - i % 5:02}" for i in range(n)}
+
+
 def compare(before=None, after=None, **limits):
     return Comparison(before or base(), after or kept(), **{"max_drop": 0.10} | limits)

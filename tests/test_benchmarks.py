@@ -67,3 +67,14 @@ def test_the_benchmark_of_a_gpu_runs_on_a_cpu(monkeypatch, capfd, tmp_path):
     assert all(f"| {name} | 2 | 128 |" in text for name in names)
     assert "- energy: not measured" in text or "J a token" in text
     assert capfd.readouterr().out.count("└") == 2  # two tables
+
+
+def test_error_rates_are_a_table_of_percentages_before_and_after(monkeypatch, capfd):
+    run(monkeypatch, "error_rates.py", "--draws=20", "--rows=2")
+    _, _, *rows = capfd.readouterr().out.strip().splitlines()
+    alone, shared = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows)
+    assert alone[:5] == ["0/1", "100", "100", "-", "0.9"]
+    assert shared[:5] == ["0/1", "100", "20", "0.05", "0.9"]
+    assert all(re.fullmatch(r"\d+\.\d", cell) for cell in alone[5:])  # nothing to tell apart
+    assert all(re.fullmatch(r"\d+\.\d( -> \d+\.\d)?", cell) for cell in shared[5:])
+    assert any("->" in cell for cell in shared[5:])

@@ -52,6 +52,11 @@ class Comparison:
         return len(self.base.scores)
 
     @cached_property
+    def clusters(self) -> int:
+        """How many contexts those samples were read in; ``n`` where none share one."""
+        return len(set(self.base.contexts))
+
+    @cached_property
     def refusal(self) -> str | None:
         """Why these runs prove nothing whatever they score, or None."""
         return next(refusals(self.base, self.kept), None)
@@ -111,7 +116,13 @@ class Comparison:
         """The interval of a report: None where there is a refusal or dP is undefined."""
         if self.refusal or self.observed is None:
             return None
-        low, high = stats.interval(self._base, self._kept, level=self.level)
+        low, high = stats.interval(
+            self._base,
+            self._kept,
+            level=self.level,
+            clusters=self.base.contexts,
+            higher_is_better=self.base.higher_is_better,
+        )
         return (low, high) if self.base.higher_is_better else (-high, -low)
 
     @property
@@ -159,7 +170,13 @@ class Comparison:
         if self.verdict != "inconclusive":
             return None
         limit = -self.max_drop if self.base.higher_is_better else self.max_drop
-        needed = stats.samples_needed(self._base, self._kept, limit)
+        needed = stats.samples_needed(
+            self._base,
+            self._kept,
+            limit,
+            clusters=self.base.contexts,
+            higher_is_better=self.base.higher_is_better,
+        )
         return None if needed is None else _two_digits(needed)
 
     def __repr__(self) -> str:
@@ -174,19 +191,31 @@ class Comparison:
     def _grounds(self) -> Iterator[str]:
         limit = f"the limit {-self.max_drop:+.1%}"
         if self.verdict == "fail":
-            yield f"dP {self._change} lies below {limit}: {self._flips}"
+            shared = f", n = {self._counted}" if self.clusters < self.n else ""
+            yield f"dP {self._change} lies below {limit}: {self._flips}{shared}"
         if self.verdict == "inconclusive":
-            yield f"n = {self.n} cannot decide: {limit} lies within dP {self._change}"
-            if needed := self.samples_needed:
-                yield f"about {needed} samples would decide"
-            seen = stats.smallest_drop_seen(self._base, self._kept)
-            yield f"{self.n} samples show drops from about {seen:.0%} up"
+            yield from self._doubts(limit)
+
+    def _doubts(self, limit: str) -> Iterator[str]:
+        if self.clusters == 1 < self.n:
+            yield (
+                f"n = {self._counted} cannot decide, whatever they score: what another would have "
+                f"lost does not show; use samples of several contexts"
+            )
+            return
+        yield f"n = {self._counted} cannot decide: {limit} lies within dP {self._change}"
+        if needed := self.samples_needed:
+            alike = ", as many to a context," if self.clusters < self.n else ""
+            yield f"about {needed} samples{alike} would decide"
+        seen = stats.smallest_drop_seen(self._base, self._kept, clusters=self.base.contexts)
+        yield f"{self.n} samples show drops from about {seen:.0%} up"
 
     def _oddities(self) -> Iterator[str]:
         if self.interval[0] > 0:
             p = stats.mcnemar(len(self.broke), len(self.mended))
+            odds = f" (p = {p:.2g})" if self.clusters == self.n else ""  # of independent samples
             yield (
-                f"better than the full cache, {self._flips} (p = {p:.2g}): "
+                f"better than the full cache, {self._flips}{odds}: "
                 f"look at the answers, compression seldom helps but a scorer may err"
             )
         for ending in ("truncated", "looped"):
@@ -200,6 +229,12 @@ class Comparison:
     def _change(self) -> str:
         low, high = self.interval
         return f"{self.dp:+z.1%} [{low:+z.1%}, {high:+z.1%}]"
+
+    @property
+    def _counted(self) -> str:
+        if self.clusters == self.n:
+            return str(self.n)
+        return f"{self.n} in {self.clusters} context{'s' * (self.clusters > 1)}"
 
     @property
     def _flips(self) -> str:

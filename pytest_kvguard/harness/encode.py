@@ -15,6 +15,8 @@ from pytest_kvguard.tokenizer_check import check_prompt
 
 KINDS: tuple[Kind, ...] = ("system", "instruction", "shot", "document", "question")
 PROTECTABLE = (*KINDS, "template")
+DRAWN: tuple[Kind, ...] = ("shot", "document")
+"""Parts of which a task might have drawn others; what it says of itself is the same for all."""
 
 
 def encode(
@@ -36,6 +38,21 @@ def encode(
     check(tokenizer, protect)
     chat = task.chat and bool(getattr(tokenizer, "chat_template", None))
     return [_encode(sample, tokenizer, chat, ahead, protect, units) for sample in samples]
+
+
+def contexts(samples: Sequence[Sample], prompts: Sequence[Prompt]) -> dict[str, str]:
+    """Return, by sample id, which samples share a context: the id of the first that has it.
+
+    That is all tokens before the question. Compressed ahead of the question it is one cache, so
+    any will do; else only what holds a shot or a document, which luck chose for all that share it.
+    """
+    first: dict[tuple[int, ...], str] = {}
+    found = {}
+    for sample, prompt in zip(samples, prompts, strict=True):
+        before = [p for p in prompt.about.passages if p.positions.start < prompt.context]
+        if prompt.context and (prompt.ahead or any(p.kind in DRAWN for p in before)):
+            found[sample.id] = first.setdefault(prompt.ids[: prompt.context], sample.id)
+    return found
 
 
 def check(tokenizer: Any, protect: Collection[str]) -> None:

@@ -11,7 +11,7 @@ from pytest_kvguard.engine.grid import Answer as Written
 from pytest_kvguard.engine.grid import Cell, Grid, Outcome
 from pytest_kvguard.engine.model import AttentionHook
 from pytest_kvguard.errors import InvalidArgument
-from pytest_kvguard.harness.encode import encode
+from pytest_kvguard.harness.encode import contexts, encode
 from pytest_kvguard.harness.records import FULL, Answer, Counts, Fidelity, Held, Run
 from pytest_kvguard.harness.replies import Stopping, stopping
 from pytest_kvguard.harness.trial import Futility, unreadable
@@ -97,6 +97,7 @@ class Bench:
             ratio=1.0,
             protocol=protocol,
             scores={},
+            clusters=contexts(samples, prompts),
             chance=task.chance,
             higher_is_better=task.higher_is_better,
         )

@@ -74,6 +74,7 @@ class Run:
     protocol: Protocol
     scores: Mapping[str, float]  # by sample id, [0, 1]
     answers: Mapping[str, Answer] = field(default_factory=dict)  # by sample id
+    clusters: Mapping[str, str] = field(default_factory=dict)  # by sample id; none: on its own
     saves: str = "positions"  # what the keep ratio is a share of: positions, bytes or reads
     held: Held | None = None  # None: not measured
     read: float | None = None  # positions read / held; None: all that is held is read
@@ -114,6 +115,14 @@ class Run:
     def mean(self) -> float:
         """Mean score; nan without samples."""
         return math.fsum(self.scores.values()) / len(self.scores) if self.scores else math.nan
+
+    @property
+    def contexts(self) -> list[tuple[str, str]]:
+        """The cluster of each sample that was scored, in their order; all differ if none share."""
+        return [
+            ("shared", self.clusters[sample]) if sample in self.clusters else ("alone", sample)
+            for sample in self.scores
+        ]
 
     @property
     def remains(self) -> str:

@@ -37,6 +37,8 @@ def _mismatches(base: Run, kept: Run) -> Iterator[str]:
     if odd := sorted(base.scores.keys() ^ kept.scores.keys()):
         names = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if odd[3:] else "")
         yield f"baseline and compressed run did not answer the same samples: {names}"
+    elif odd := [s for s in base.scores if base.clusters.get(s) != kept.clusters.get(s)]:
+        yield f"baseline and compressed run did not read sample {odd[0]} in the same context"
 
 
 def _vacuities(kept: Run) -> Iterator[str]:

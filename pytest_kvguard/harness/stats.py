@@ -5,9 +5,13 @@ full cache, and with what a policy kept of it. theta = mean(kept) / mean(base) =
 
 Levels are two-sided: an interval at level 0.90 leaves 5 % on either side, so that a limit below
 it (or above it) is a one-sided test at alpha = 0.05.
+
+``clusters`` are S labels; samples of the same label share a context and are not independent. None,
+or no label twice: all are.
 """
 
 import math
+from collections.abc import Hashable, Sequence
 from statistics import NormalDist
 from typing import TypeAlias
 
@@ -15,16 +19,21 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pytest_kvguard.errors import InvalidArgument
-from pytest_kvguard.harness.score_test import Table, null_variance, ratio_limits
+from pytest_kvguard.harness.clustered import Clusters, Unseen, widest_limits
+from pytest_kvguard.harness.score_test import NOTHING, Table, null_variance, ratio_limits
 
 Scores: TypeAlias = NDArray[np.float64]
 Interval: TypeAlias = tuple[float, float]
+Labels: TypeAlias = Sequence[Hashable]
 
 ALPHA = 0.05
 """One-sided error rate of every yes or no that is not given a level."""
 
 FEWEST_DIFFERENT = 10
 """Below this many samples whose score changed, a t test is not trusted."""
+
+ROUNDS = 50
+"""Of how many samples are needed, which depends on how many clusters those are in."""
 
 FEWEST_ABOVE_CHANCE = 5.0
 """A relative change of a score sum smaller than this, in samples, says nothing."""
@@ -40,13 +49,30 @@ def relative_change(base: ArrayLike, kept: ArrayLike) -> float:
     return (math.fsum(after) - math.fsum(before)) / math.fsum(before)
 
 
-def interval(base: ArrayLike, kept: ArrayLike, *, level: float = 0.90) -> Interval:
+def interval(
+    base: ArrayLike,
+    kept: ArrayLike,
+    *,
+    level: float = 0.90,
+    clusters: Labels | None = None,
+    higher_is_better: bool = True,
+) -> Interval:
     """Return the interval of dP: by the score test, or for fractional scores by Fieller.
 
     Fractional scores of which fewer than FEWEST_DIFFERENT changed go by the score test as well:
     the variance that a t test needs is hardly to be seen in them.
+
+    With clusters, whichever test it is has its variance multiplied by the design effect, and its
+    quantile is that of t for the number of clusters: see `Clusters`. The end towards which scores
+    get worse counts a cluster that was not seen and got worse as a whole: where contexts seldom
+    break, but then break whole, samples without such a one are no proof. Fractional scores that
+    changed in fewer than FEWEST_DIFFERENT clusters have that end no nearer than the score test
+    puts it. Never narrower than without clusters; (-1, inf) for a single one.
     """
     before, after = _paired(base, kept)
+    shared = _shared(before, after, clusters)
+    if shared is not None:
+        return _clustered_interval(before, after, shared, level, higher_is_better)
     invert = score_interval if _by_score_test(before, after) else fieller_interval
     return invert(before, after, level=level)
 
@@ -91,13 +117,52 @@ def fieller_interval(base: ArrayLike, kept: ArrayLike, *, level: float = 0.90) -
     return max((b - root) / a - 1, -1.0), float((b + root) / a - 1)
 
 
+def _clustered_interval(
+    before: Scores, after: Scores, clusters: Clusters, level: float, higher_is_better: bool
+) -> Interval:
+    """Invert the test that `interval` would, with the variance and the quantile of clusters."""
+    table = Table.of(before, after)
+    if table.right < NOTHING:
+        return -1.0, math.inf
+    if table.still < NOTHING:
+        table, after = Table(0.0, table.right, 0.0), np.zeros_like(before)
+    (var_kept, cov), (_, var_base) = np.cov(after, before) * len(before)  # of the sums
+    by_score_test = _by_score_test(before, after)
+
+    def statistic(theta: float, unseen: Unseen | None) -> float:
+        seen = max(var_kept - 2 * theta * cov + theta**2 * var_base, 0.0)
+        if by_score_test:
+            variance = null_variance(table, theta)
+        elif unseen and clusters.changed < FEWEST_DIFFERENT:
+            variance = max(null_variance(table, theta), seen)
+        else:
+            variance = seen
+        error = math.sqrt(variance * clusters.design_effect(theta, unseen=unseen))
+        return (table.still - theta * table.right) / error if error else 0.0
+
+    low, high = widest_limits(
+        below=lambda theta: statistic(theta, "lost" if higher_is_better else None),
+        above=lambda theta: statistic(theta, None if higher_is_better else "gained"),
+        quantile=clusters.quantile(1 - _tail(level)),
+        observed=table.still / table.right,
+    )
+    return low - 1, high - 1
+
+
 def samples_needed(
-    base: ArrayLike, kept: ArrayLike, limit: float, *, power: float = 0.8
+    base: ArrayLike,
+    kept: ArrayLike,
+    limit: float,
+    *,
+    power: float = 0.8,
+    clusters: Labels | None = None,
+    higher_is_better: bool = True,
 ) -> int | None:
     """Return about how many samples would tell dP from ``limit``, if dP is what was observed.
 
     Normal approximation for kept - (1 + limit) * base, one-sided at ALPHA: its variance at the
-    limit sets the bar, the observed one the chance to clear it. None where dP is at the limit.
+    limit sets the bar, the observed one the chance to clear it. With clusters, as many samples in
+    each as there are. None where dP is at the limit, and for a single cluster.
     """
     before, after = _paired(base, kept)
     if limit <= -1:
@@ -109,19 +174,43 @@ def samples_needed(
     spread = bar = math.sqrt(_variance(distance))
     if _by_score_test(before, after):
         bar = math.sqrt(null_variance(Table.of(before, after), 1 + limit) / len(before))
-    return math.ceil(((_z(1 - ALPHA) * bar + _z(power) * spread) / gap) ** 2)
+    shared = _shared(before, after, clusters)
+    if shared is None:
+        return math.ceil(((_z(1 - ALPHA) * bar + _z(power) * spread) / gap) ** 2)
+    if shared.number == 1:
+        return None
+    observed = math.fsum(after) / math.fsum(before)
+    unseen: Unseen | None = None
+    if (gap > 0) is higher_is_better:  # to be proved harmless
+        unseen = "lost" if higher_is_better else "gained"
+    times = 1.0  # as many clusters: it depends on that what t asks for and what one more matters
+    for _ in range(ROUNDS):
+        more = max(times, 2 / shared.effective)  # with fewer than two, t asks for everything
+        bars = bar * math.sqrt(shared.design_effect(1 + limit, unseen=unseen, times=more))
+        spreads = spread * math.sqrt(shared.design_effect(observed, times=more))
+        error = shared.quantile(1 - ALPHA, times=more) * bars + _z(power) * spreads
+        times = (error / gap) ** 2 / len(before)
+    return math.ceil(times * len(before))
 
 
-def smallest_drop_seen(base: ArrayLike, kept: ArrayLike, *, power: float = 0.8) -> float:
+def smallest_drop_seen(
+    base: ArrayLike, kept: ArrayLike, *, power: float = 0.8, clusters: Labels | None = None
+) -> float:
     """Return the smallest true drop, as a positive |dP|, that this many samples tend to show.
 
     Normal approximation on the paired variance of kept - base, one-sided at ALPHA; never smaller
-    than what the score test allows if not one sample changed.
+    than what `interval` allows if not one sample changed. 1, a total loss, for a single cluster.
     """
     before, after = _paired(base, kept)
-    z, right = _z(1 - ALPHA), math.fsum(before)
-    spread = math.sqrt(_variance(after - before) * len(before))  # of the sum
-    return max((z + _z(power)) * spread / right, z * z / (right + z * z))
+    unchanged = -interval(before, before, level=1 - 2 * ALPHA, clusters=clusters)[0]
+    shared = _shared(before, after, clusters)
+    if shared is not None and shared.number == 1:
+        return 1.0
+    quantile = _z(1 - ALPHA) if shared is None else shared.quantile(1 - ALPHA)
+    variance = _variance(after - before) * len(before)  # of the sum
+    if shared is not None:
+        variance *= shared.design_effect(1.0)
+    return max((quantile + _z(power)) * math.sqrt(variance) / math.fsum(before), unchanged)
 
 
 def mcnemar(broke: int, mended: int) -> float:
@@ -179,6 +268,17 @@ def _paired(base: ArrayLike, kept: ArrayLike) -> tuple[Scores, Scores]:
             f"the baseline scores 0 on all {len(before)} samples: dP is undefined"
         )
     return before, after
+
+
+def _shared(before: Scores, after: Scores, labels: Labels | None) -> Clusters | None:
+    """Return the clusters of paired scores, or None where every sample is one of its own."""
+    if labels is None:
+        return None
+    if len(labels) != len(before):
+        raise InvalidArgument(
+            f"each sample has one cluster, got {len(before)} samples and {len(labels)} clusters"
+        )
+    return None if len(set(labels)) == len(labels) else Clusters.of(before, after, labels)
 
 
 def _scores(values: ArrayLike, name: str) -> Scores:

@@ -24,6 +24,7 @@ class Cell(TypedDict):
     protocol: str
     units: str | None
     n: int
+    clusters: int
     base: float | None
     kept: float | None
     dp: float | None
@@ -66,6 +67,7 @@ def to_cell(comparison: "Comparison", *, model: str = "", spec: str | None = Non
         protocol=kept.protocol,
         units=kept.units,
         n=c.n,
+        clusters=c.clusters,
         base=c.base.mean,
         kept=kept.mean,
         dp=c.observed,
@@ -120,6 +122,7 @@ def not_run(
         protocol=base.protocol,
         units=kept.units,
         n=len(base.scores),
+        clusters=len(set(base.contexts)),
         base=base.mean,
         kept=None,
         dp=None,

@@ -77,10 +77,12 @@ def legend(cells: Sequence[Cell]) -> str:
     limit = f" (limit {-limits.pop():+z.1%})" if len(limits) == 1 else ""
     levels = {cell["level"] for cell in cells}
     level = f"{100 * levels.pop():g}%, " if len(levels) == 1 else ""
+    shared = any(cell["clusters"] < cell["n"] for cell in cells)
     saved = {cell["saves"] for cell in cells}
     return (
         f"dP: relative change of the mean score{limit}, worse is negative; "
-        f"interval: where the true dP lies ({level}paired by sample); "
+        f"interval: where the true dP lies ({level}paired by sample"
+        f"{', clustered by context' * shared}); "
         f"held: share of the prompt left in the cache{', or of its bytes' * ('bytes' in saved)}"
         f"{', or of it what a step reads' * ('reads' in saved)}; -/+: samples that broke/mended"
     )

@@ -1,12 +1,13 @@
 import dataclasses
 import math
+import re
 
 import pytest
 
 from pytest_kvguard.errors import InvalidArgument, Refused
 from pytest_kvguard.harness import stats
 from pytest_kvguard.harness.records import Answer, Counts
-from tests.runs import base, compare, kept
+from tests.runs import base, compare, five_each, kept
 
 
 def test_a_comparison_is_one_line_that_says_what_was_lost():
@@ -202,6 +203,79 @@ def test_answers_that_loop_more_often_than_at_baseline_are_reported():
     )
     assert compare(before, after).reason == "2 answers looped, 1 at baseline"
     assert before.endings == {"ended": 0, "truncated": 1, "looped": 1}
+
+
+class TestSamplesThatShareAContext:
+    """50 samples, five to a context."""
+
+    @staticmethod
+    def compared(right=47, clusters=None, before=48, **limits):
+        shared = five_each() if clusters is None else clusters
+        return compare(base(before, clusters=shared), kept(right, clusters=shared), **limits)
+
+    def test_the_interval_is_that_of_clusters(self):
+        c = self.compared(40)
+        marks = list(base().scores.values()), list(kept(40).scores.values())
+        labels = [i // 5 for i in range(50)]
+        assert c.interval == stats.interval(*marks, clusters=labels)
+        assert c.interval[0] < compare(after=kept(40)).interval[0]
+        assert c.interval[1] > compare(after=kept(40)).interval[1]
+
+    def test_what_independent_samples_prove_they_do_not(self):
+        assert compare().verdict == "pass"
+        assert self.compared().verdict == "inconclusive"
+        assert compare(after=kept(35), max_drop=0.15).verdict == "fail"
+        assert self.compared(35, max_drop=0.15).verdict == "inconclusive"
+
+    def test_the_reason_says_how_many_contexts_there_are(self):
+        c = self.compared()
+        assert c.clusters == 10
+        assert c.reason.startswith("n = 50 in 10 contexts cannot decide: the limit -10.0%")
+        assert f"about {c.samples_needed} samples, as many to a context, would decide" in c.reason
+        assert self.compared(10).reason.endswith("38 broke, 0 mended, n = 50 in 10 contexts")
+
+    def test_more_samples_are_needed_and_only_larger_drops_are_seen(self):
+        shared, alone = self.compared(46), compare(after=kept(46))
+        assert shared.samples_needed > 2 * alone.samples_needed
+        assert "50 samples show drops from about 7% up" in alone.reason
+        assert re.search("50 samples show drops from about [23][0-9]% up", shared.reason)
+
+    def test_one_context_decides_nothing_and_says_why(self):
+        one = self.compared(0, dict.fromkeys(five_each(), "s00"))
+        assert one.interval == (-1, math.inf)
+        assert (one.clusters, one.verdict, one.samples_needed) == (1, "inconclusive", None)
+        assert one.reason == (
+            "n = 50 in 1 context cannot decide, whatever they score: what another would have lost "
+            "does not show; use samples of several contexts"
+        )
+        assert not one.holds  # the gate still sees what was observed
+        assert dataclasses.replace(one, kept=kept(48, clusters=one.base.clusters)).holds
+
+    def test_contexts_of_one_sample_change_nothing(self):
+        c = self.compared(46, {sample: sample for sample in five_each()})
+        assert (c.interval, c.reason) == (
+            compare(after=kept(46)).interval,
+            compare(after=kept(46)).reason,
+        )
+
+    def test_a_sample_without_a_label_is_on_its_own(self):
+        some = {"s00": "s01", "s01": "s01"}
+        assert self.compared(46, some).clusters == 49
+
+    def test_no_odds_are_given_that_hold_for_independent_samples_only(self):
+        c = self.compared(before=20, right=50)
+        assert "better than the full cache, 0 broke, 30 mended: look" in c.reason
+
+    def test_of_the_fewer_the_better_the_end_above_is_the_wary_one(self):
+        shared = {"clusters": five_each()}
+        c = compare(base(20, higher_is_better=False, **shared), kept(20, **shared))
+        low, high = stats.interval(
+            *[list(run.scores.values()) for run in (c.base, c.kept)],
+            clusters=[i // 5 for i in range(50)],
+            higher_is_better=False,
+        )
+        assert c.interval == (-high, -low)
+        assert -c.interval[0] > c.interval[1]
 
 
 class TestTheFewerTheBetter:

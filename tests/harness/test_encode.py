@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from pytest_kvguard.harness.encode import encode
+from pytest_kvguard.harness.encode import contexts, encode
 from pytest_kvguard.models import reasoner
 from pytest_kvguard.tasks import get_task
 from pytest_kvguard.tasks.base import Part, Sample, Task
@@ -81,3 +81,48 @@ def test_sentences_of_a_haystack_are_the_units_its_task_marks(tokenizer):
     found = encode(task, task.samples, tokenizer, ahead=False, units="sentences")
     marked = encode(task, task.samples, tokenizer, ahead=False)
     assert [p.about.units for p in found] == [p.about.units for p in marked]
+
+
+def ask(*parts, n=4):
+    """Ask n questions; each part is shared, or text for each sample."""
+    samples = tuple(
+        Sample(
+            f"q{i}",
+            (
+                *(Part(k, text if isinstance(text, str) else text[i]) for k, text in parts),
+                Part("question", f" {NAMES[i]} ?"),
+            ),
+            ("x",),
+        )
+        for i in range(n)
+    )
+    return Task("odd", "odd", samples, lambda text, sample: 1.0, max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("parts", "ahead", "expected"),
+    [
+        ([("document", NAMES[:4])], False, ["q0", "q1", "q2", "q3"]),
+        ([("document", [NAMES[i // 2] for i in range(4)])], False, ["q0", "q0", "q2", "q2"]),
+        ([("document", [NAMES[i % 2] for i in range(4)])], True, ["q0", "q1", "q0", "q1"]),
+        ([("system", NAMES[9]), ("shot", f" {NAMES[8]}")], False, ["q0"] * 4),
+        ([("system", NAMES[9])], True, ["q0"] * 4),
+        # The same for all samples that could be drawn, and each has a cache of its own.
+        ([("system", NAMES[9]), ("instruction", f" {NAMES[8]}")], False, None),
+        ([], False, None),
+    ],
+)
+def test_samples_share_a_context_when_all_before_their_question_is_the_same(
+    tokenizer, parts, ahead, expected
+):
+    task = ask(*parts)
+    prompts = encode(task, task.samples, tokenizer, ahead=ahead)
+    found = contexts(task.samples, prompts)
+    assert found == dict(zip([s.id for s in task.samples], expected or [], strict=False))
+
+
+@pytest.mark.parametrize(("task", "expected"), [("retrieval(n=20)", 4), ("facts(n=6)", 6)])
+def test_samples_of_a_task_share_a_context_where_they_share_its_text(tokenizer, task, expected):
+    task = get_task(task)
+    prompts = encode(task, task.samples, tokenizer, ahead=False)
+    assert len(set(contexts(task.samples, prompts).values())) == expected

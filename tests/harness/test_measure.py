@@ -111,3 +111,12 @@ def test_samples_have_ids_of_their_own(loaded):
     twice = replace(once, samples=(*once.samples, once.samples[1]))
     with pytest.raises(InvalidArgument, match="several samples called 's1'"):
         Bench(loaded).measure(twice, CELLS)
+
+
+def test_every_run_knows_which_samples_share_a_context(loaded):
+    asked = task("", lambda text, sample: 1.0, n=4)
+    first, second, *others = asked.samples
+    same = replace(second, parts=(first.parts[0], second.parts[1]))
+    found = Bench(loaded).measure(replace(asked, samples=(first, same, *others)), CELLS)
+    for run in (found.baseline, *found.runs):
+        assert run.clusters == {"s0": "s0", "s1": "s0", "s2": "s2", "s3": "s3"}

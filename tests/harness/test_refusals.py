@@ -6,7 +6,7 @@ import pytest
 
 from pytest_kvguard.errors import Refused
 from pytest_kvguard.harness.records import Held
-from tests.runs import base, compare, kept
+from tests.runs import base, compare, five_each, kept
 
 REFUSED = {
     "nothing was evicted": (None, kept(held=Held(1, 1, 1), ratio=1.0, bytes_held=80)),
@@ -18,6 +18,10 @@ REFUSED = {
     "not answer the same samples: s47, s48, s49$": (base(40, 47), kept(40)),
     "same samples: s46, s47, s48 and 1 more$": (base(40, 46), kept(40)),
     "same samples: s03, s04, s05 and 44 more": (base(2), kept(2, 3)),
+    "did not read sample s05 in the same context$": (
+        base(clusters=five_each()),
+        kept(clusters=five_each() | {"s05": "s00"}),
+    ),
     "protocol is 'prompt', the compressed run's 'context'": (None, kept(protocol="context")),
     "task is 'retrieval', the compressed run's 'coding'": (None, kept(task="coding")),
     "baseline ran under 'knorm', not with the full cache": (base(policy="knorm"), None),

@@ -11,6 +11,7 @@ CELL = {
     "protocol": "prompt",
     "units": None,
     "n": 50,
+    "clusters": 50,
     "base": 0.96,
     "kept": 0.94,
     "dp": -0.0208,

@@ -65,6 +65,7 @@ def test_a_cell_says_what_the_comparison_says():
         "protocol": "prompt",
         "units": None,
         "n": 40,
+        "clusters": 40,
         "base": 0.75,
         "kept": 0.725,
         "dp": -1 / 30,
@@ -101,6 +102,13 @@ def test_a_refused_cell_shows_what_was_observed_but_proves_nothing():
 def test_samples_are_counted_in_the_baseline():
     c = Comparison(run(FULL, 30), run("snapkv", 20, 25, **KEPT), max_drop=0.1)
     assert to_cell(c)["n"] == 40
+
+
+def test_clusters_are_counted_where_samples_were_scored():
+    shared = {f"s{i:02}": f"s{i - i % 4:02}" for i in range(60)}
+    base = run(FULL, 30, clusters=shared)
+    c = Comparison(base, run("snapkv", 29, **KEPT, clusters=shared), max_drop=0.1)
+    assert (to_cell(c)["n"], to_cell(c)["clusters"]) == (40, 10)
 
 
 def test_a_cell_without_samples_has_no_means():
@@ -160,6 +168,7 @@ def test_a_cell_that_was_given_up_says_what_there_was_and_nothing_else():
         "protocol": "prompt",
         "units": "shots",
         "n": 20,
+        "clusters": 20,
         "base": 0.0,
         "bytes_full": 800,
         "bytes_held": 0,

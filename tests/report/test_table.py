@@ -63,6 +63,8 @@ def test_the_legend_explains_the_columns_the_level_and_the_limit(cells):
     assert "dP: relative change of the mean score (limit -10.0%), worse is negative" in text
     assert "interval: where the true dP lies (90%, paired by sample)" in text
     assert "held: share of the prompt" in text
+    shared = " ".join(table([*cells, cells[0] | {"clusters": 10}]))
+    assert "(90%, paired by sample, clustered by context)" in shared
     assert "-/+: samples that broke/mended" in text
 
 
