@@ -19,7 +19,10 @@ CLUSTERED += [Setting(400, 20, icc, 0.9, 0.1) for icc in (0.3, 0.6)]
 ALONE = [Setting(100, 1, 0.3, 0.9, 0.1), Setting(100, 1, 0.6, 0.6, 0.05)]
 
 
-@pytest.mark.parametrize("setting", [*ALONE, *CLUSTERED, Setting(200, 5, 0.6, 0.9, graded=True)])
+GRADED = [Setting(n, size, 0.6, 0.9, graded=True) for n, size in [(160, 20), (400, 20), (200, 5)]]
+
+
+@pytest.mark.parametrize("setting", [*ALONE, *CLUSTERED, *GRADED])
 def test_a_loss_of_the_limit_fails_or_passes_one_time_in_twenty_at_the_most(setting):
     found = verdicts(setting, LIMIT, draws=DRAWS)
     assert found["fail"] <= AT_MOST * DRAWS
