@@ -200,6 +200,8 @@ def test_next_to_nothing_in_clusters_is_everything():
     tiny = [1e-12, 0.0, 5e-324]
     assert interval(tiny, tiny, clusters="aab") == (-1, math.inf)
     assert interval([1.0, 1.0, 0.0], tiny, clusters="aab")[0] == -1
+    base, kept = [1.0] * 11 + [5e-324], [1.0] * 11 + [0.0]
+    assert -1 < interval(base, kept, clusters="aabbccddeeff")[0] < 0
 
 
 def test_a_statistic_that_is_small_again_farther_out_makes_no_hole():
