@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.error_rates import LIMIT, Setting, verdicts
 
-DRAWS = 500
+DRAWS = 400
 AT_MOST = 0.05 + 3 * math.sqrt(0.05 * 0.95 / DRAWS)  # 5 %, and the error of so few draws
 
 CLUSTERED = [
@@ -31,9 +31,9 @@ def test_a_loss_of_the_limit_fails_or_passes_one_time_in_twenty_at_the_most(sett
 
 @pytest.mark.parametrize("setting", CLUSTERED)
 def test_samples_taken_for_independent_would_be_wrong_more_often(setting):
-    found = verdicts(setting, LIMIT, draws=200, clustered=False)
-    assert found["fail"] > AT_MOST * 200
-    assert found["pass"] > AT_MOST * 200
+    found = verdicts(setting, LIMIT, draws=150, clustered=False)
+    assert found["fail"] > AT_MOST * 150
+    assert found["pass"] > AT_MOST * 150
 
 
 @pytest.mark.parametrize("size", [1, 5, 20])
