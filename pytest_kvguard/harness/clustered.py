@@ -46,7 +46,7 @@ class Clusters:
 
     number: int
     effective: float  # 1..number; fewer than there are where sizes differ
-    changed: int  # clusters with a sample whose score changed
+    changed: float  # clusters whose scores changed, as many as if all of them did by as much
     size: float  # samples in the cluster of an average sample
     base: float  # mean score of the baseline, above 0
     kept: float  # mean score of the other run
@@ -61,11 +61,13 @@ class Clusters:
         index = {label: at for at, label in enumerate(dict.fromkeys(labels))}
         of_sample = np.array([index[label] for label in labels])
         sizes = np.bincount(of_sample).astype(np.float64)
+        change = _sums(of_sample, np.abs(kept - base))
+        change /= change.max() or 1.0  # squares of next to nothing are nothing
         return cls(
             number=len(sizes),
             # As though all samples of a cluster were one, the worst case of the source.
             effective=float((sizes**2).sum() ** 2 / (sizes**4).sum()),
-            changed=len(np.unique(of_sample[base != kept])),
+            changed=float(change.sum() ** 2 / (change**2).sum()) if change.any() else 0.0,
             size=float((sizes**2).sum() / sizes.sum()),
             base=float(base.mean()),
             kept=float(kept.mean()),

@@ -65,9 +65,10 @@ def interval(
     With clusters, whichever test it is has its variance multiplied by the design effect, and its
     quantile is that of t for the number of clusters: see `Clusters`. The end towards which scores
     get worse counts a cluster that was not seen and got worse as a whole: where contexts seldom
-    break, but then break whole, samples without such a one are no proof. Fractional scores that
-    changed in fewer than FEWEST_DIFFERENT clusters have that end no nearer than the score test
-    puts it. Never narrower than without clusters; (-1, inf) for a single one.
+    break, but then break whole, samples without such a one are no proof. Fractional scores
+    that changed in fewer than FEWEST_DIFFERENT clusters, counted by how much, have that end no
+    nearer than the score test puts it. Never narrower than without clusters; (-1, inf) for a
+    single one.
     """
     before, after = _paired(base, kept)
     shared = _shared(before, after, clusters)

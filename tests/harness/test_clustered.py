@@ -114,8 +114,9 @@ def test_the_quantile_is_of_t_with_the_effective_number_of_clusters():
 @pytest.mark.parametrize("graded", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_both_ends_are_where_the_statistic_meets_the_quantile(seed, graded):
-    base, kept, labels = sample(seed, graded=graded)
+    base, kept, labels = sample(seed, 60, graded=graded)
     clusters, n = Clusters.of(base, kept, labels), len(base)
+    assert clusters.changed > 10
     low, high = interval(base, kept, clusters=labels)
     for end, unseen, sign in ((low, "lost", 1), (high, None, -1)):
         distance = kept - (1 + end) * base
@@ -125,7 +126,7 @@ def test_both_ends_are_where_the_statistic_meets_the_quantile(seed, graded):
         statistic = distance.sum() / math.sqrt(
             alone * clusters.design_effect(1 + end, unseen=unseen)
         )
-        assert statistic == pytest.approx(sign * student.ppf(0.95, 19), rel=1e-6)
+        assert statistic == pytest.approx(sign * student.ppf(0.95, 59), rel=1e-6)
 
 
 @settings(deadline=None)
@@ -199,6 +200,8 @@ def test_next_to_nothing_in_clusters_is_everything():
     tiny = [1e-12, 0.0, 5e-324]
     assert interval(tiny, tiny, clusters="aab") == (-1, math.inf)
     assert interval([1.0, 1.0, 0.0], tiny, clusters="aab")[0] == -1
+    base, kept = [1.0] * 11 + [5e-324], [1.0] * 11 + [0.0]
+    assert -1 < interval(base, kept, clusters="aabbccddeeff")[0] < 0
 
 
 def test_a_statistic_that_is_small_again_farther_out_makes_no_hole():
@@ -284,3 +287,29 @@ def test_twenty_seven_contexts_without_a_change_pass_at_a_tenth(contexts, passes
     labels = np.repeat(np.arange(contexts), 5).tolist()
     same = np.ones(len(labels))
     assert (interval(same, same, clusters=labels)[0] > -0.10) is passes
+
+
+@pytest.mark.parametrize(
+    ("losses", "changed"), [([0.5] * 8, 8), ([0.5] * 3 + [0] * 5, 3), ([0] * 8, 0), ([2, 1], 1.8)]
+)
+def test_clusters_that_changed_are_counted_by_how_much(losses, changed):
+    losses = np.array(losses) / 2
+    labels = np.repeat(np.arange(len(losses)), 2)
+    base = np.ones(len(labels))
+    kept = base - losses[labels]
+    assert Clusters.of(base, kept, labels).changed == pytest.approx(changed)
+
+
+@pytest.mark.parametrize(("changed", "few"), [(9, True), (11, False)])
+def test_fractions_that_changed_in_few_clusters_prove_no_more_than_the_score_test(changed, few):
+    base, labels = np.full(200, 0.8), np.repeat(np.arange(40), 5)
+    kept = base - np.where(labels < changed, 0.04, 0.0)
+    low, high = interval(base, kept, clusters=labels.tolist())
+    clusters = Clusters.of(base, kept, labels)
+    for end, unseen, coin in ((low, "lost", few), (high, None, False)):
+        distance = kept - (1 + end) * base
+        alone = (
+            null_variance(Table.of(base, kept), 1 + end) if coin else 200 * np.var(distance, ddof=1)
+        )
+        error = math.sqrt(alone * clusters.design_effect(1 + end, unseen=unseen))
+        assert abs(distance.sum() / error) == pytest.approx(student.ppf(0.95, 39), rel=1e-6)
