@@ -45,6 +45,7 @@ def contexts(samples: Sequence[Sample], prompts: Sequence[Prompt]) -> dict[str, 
 
     That is all tokens before the question. Compressed ahead of the question it is one cache, so
     any will do; else only what holds a shot or a document, which luck chose for all that share it.
+    What all samples share without sharing a cache is part of the task: it makes no cluster.
     """
     first: dict[tuple[int, ...], str] = {}
     found = {}
@@ -52,7 +53,8 @@ def contexts(samples: Sequence[Sample], prompts: Sequence[Prompt]) -> dict[str, 
         before = [p for p in prompt.about.passages if p.positions.start < prompt.context]
         if prompt.context and (prompt.ahead or any(p.kind in DRAWN for p in before)):
             found[sample.id] = first.setdefault(prompt.ids[: prompt.context], sample.id)
-    return found
+    of_the_task = len(first) == 1 and len(found) == len(samples) and not prompts[0].ahead
+    return {} if of_the_task else found
 
 
 def check(tokenizer: Any, protect: Collection[str]) -> None:

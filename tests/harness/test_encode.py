@@ -105,7 +105,9 @@ def ask(*parts, n=4):
         ([("document", NAMES[:4])], False, ["q0", "q1", "q2", "q3"]),
         ([("document", [NAMES[i // 2] for i in range(4)])], False, ["q0", "q0", "q2", "q2"]),
         ([("document", [NAMES[i % 2] for i in range(4)])], True, ["q0", "q1", "q0", "q1"]),
-        ([("system", NAMES[9]), ("shot", f" {NAMES[8]}")], False, ["q0"] * 4),
+        # Shots that all samples share are part of the task, unless they share their cache too.
+        ([("system", NAMES[9]), ("shot", f" {NAMES[8]}")], False, None),
+        ([("system", NAMES[9]), ("shot", f" {NAMES[8]}")], True, ["q0"] * 4),
         ([("system", NAMES[9])], True, ["q0"] * 4),
         # The same for all samples that could be drawn, and each has a cache of its own.
         ([("system", NAMES[9]), ("instruction", f" {NAMES[8]}")], False, None),
