@@ -109,7 +109,7 @@ class Broken:
             raise RuntimeError("no codes")
         return (tokens,)
 
-    def decode(self, parts):
+    def decode(self, parts, dtype):
         return parts[0]
 
 

@@ -102,8 +102,9 @@ def plainly(name: str, specs: tuple[str, ...], count: int) -> list[list]:
         return written(batch, ids, step_of(batch), count)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if "|" not in spec])
 def test_a_step_compiles_as_a_whole_and_once(spec):
+    """What policies store is compiled with rows of all kinds, below, and replayed for each."""
     check_compiles(model_of(spec), spec)
 
 
