@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pytest_kvguard.engine.attention import AttentionCall, attend_shared, bias_of, visible
-from pytest_kvguard.engine.cache.base import Cursor, LayerCache, Rows, widened
+from pytest_kvguard.engine.cache.base import ALIGNED, Cursor, LayerCache, Rows, widened
 from pytest_kvguard.engine.stack import StackLayer
 from pytest_kvguard.policies.base import EMPTY
 
@@ -20,7 +20,7 @@ class SharedPrefixCache(LayerCache):
     def __init__(self, rows: Rows, layer: StackLayer, index: int, cursor: Cursor) -> None:
         self.layer, self.cursor, self.prompts = layer, cursor, rows.slots
         length = max(kept.length for kept in rows.kept)
-        self.length = min(layer.keys.shape[2], -(-length // 16) * 16)
+        self.length = min(layer.keys.shape[2], -(-length // ALIGNED) * ALIGNED)
         self._lay_out(self.prompts)
         self.prefix_bias = self._by_prompt(self._bias(rows, index)[self.order])
         heads, size = layer.keys.shape[1], layer.keys.shape[-1]
